@@ -1,0 +1,297 @@
+"""The exact empirical Fisher diagonal of a classifier: squares of each sample's own gradient, summed, never averaged.
+
+I_D(w_i) = (1/|D|) sum over (x, y) in D of (d log p(y | x, w) / d w_i)^2, with the data's own labels, in eval mode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deepclean_hooks import batches, bits, losses, measure, ranks
+from deepclean_hooks.batches import Batch
+from deepclean_hooks.losses import LossFn
+from deepclean_hooks.measure import Data, Samples
+from deepclean_hooks.persample.engine import (
+    DEFAULT_MEMORY_BUDGET,
+    NonFiniteGradient,
+    SquaredGradients,
+)
+from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
+
+Predicate = Callable[[str, nn.Parameter], bool]
+_FORMAT = "deepclean-hooks fisher diagonal 1"
+
+
+@dataclass(frozen=True)
+class FisherDiagonal:
+    """Sums of squared per-sample gradients and how many samples they are of.
+
+    `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype; owned by this object.
+    `samples`: (count,) int64 on the CPU, sorted: one 64-bit fingerprint of each sample's content.
+    `settings`: how it was obtained (digest of the model, loss, estimator, dtypes, versions), compared by `+` and `-`.
+    """
+
+    sums: dict[str, Tensor]
+    count: int
+    samples: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The Fisher diagonal itself: the sums divided by the number of samples, by name."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+    def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
+        """The diagonal of both sets together, measured on the same model."""
+        self._require_same_origin(other)
+        sums = {name: total + other.sums[name] for name, total in self.sums.items()}
+        samples = torch.cat([self.samples, other.samples]).sort().values
+        return FisherDiagonal(sums, self.count + other.count, samples, self.settings)
+
+    def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
+        """The diagonal of this set without the other's samples, all of which must be in it.
+
+        Negative entries, which rounding leaves where the difference is 0, become 0.
+        """
+        self._require_same_origin(other)
+        left = Counter(self.samples.tolist())
+        left.subtract(other.samples.tolist())
+        foreign = sum(-n for n in left.values() if n < 0)
+        if foreign:
+            raise ValueError(
+                f"{foreign} of the {other.count} samples to take out are not among the {self.count} of this "
+                "diagonal; measure them from the same data set with the same preprocessing"
+            )
+        sums = {n: (total - other.sums[n]).clamp_min_(0) for n, total in self.sums.items()}
+        samples = torch.tensor(sorted(left.elements()), dtype=torch.int64)
+        return FisherDiagonal(sums, self.count - other.count, samples, self.settings)
+
+    def restricted_to(self, names: Iterable[str]) -> FisherDiagonal:
+        """The same diagonal for these parameters only; raises ValueError for one that was not measured."""
+        missing = sorted(set(names) - self.sums.keys())
+        if missing:
+            raise ValueError(
+                f"the stored diagonal lacks {missing[:3]}; measure it without parameters=, which covers all"
+            )
+        sums = {name: self.sums[name] for name in names}
+        return FisherDiagonal(sums, self.count, self.samples, self.settings)
+
+    def contains(self, other: FisherDiagonal) -> int:
+        """How many of the other's samples are among this diagonal's, by content."""
+        return sum((Counter(self.samples.tolist()) & Counter(other.samples.tolist())).values())
+
+    def _require_same_origin(self, other: FisherDiagonal) -> None:
+        for key, what in (("model", "model weights"), ("loss", "loss"), ("estimator", "estimator")):
+            if self.settings.get(key) != other.settings.get(key):
+                raise ValueError(
+                    f"the two diagonals are of different {what} ({_short(self.settings.get(key))} and "
+                    f"{_short(other.settings.get(key))}); measure both on the same model in the same way"
+                )
+        missing = sorted(self.sums.keys() ^ other.sums.keys())
+        if missing:
+            raise ValueError(
+                f"the two diagonals cover different parameters, for instance {missing[:3]}; measure both with "
+                "the same parameters="
+            )
+
+    def require_model(self, model: nn.Module) -> None:
+        """Raises ValueError if this diagonal was measured on other weights than the model now has."""
+        found = bits.digest(state_tensors(unwrap(model)))
+        if self.settings.get("model") != found:
+            raise ValueError(
+                f"the stored diagonal belongs to the model {_short(self.settings.get('model'))}, this model is "
+                f"{_short(found)}: its weights or buffers differ; measure again, or load the weights that the "
+                "diagonal was measured on"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all; the settings are its metadata."""
+        target = Path(path)
+        tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
+        tensors["samples"] = self.samples
+        metadata = {
+            "format": _FORMAT,
+            "count": str(self.count),
+            "settings": json.dumps(self.settings),
+        }
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> FisherDiagonal:
+        """Reads what `save` wrote; raises ValueError for another file."""
+        with safe_open(os.fspath(path), framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(
+                    f"{os.fspath(path)} is no stored Fisher diagonal (format {metadata.get('format')!r}); "
+                    "write one with FisherDiagonal.save"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+        samples = tensors.pop("samples").cpu()
+        sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
+        return cls(sums, int(metadata["count"]), samples, json.loads(metadata["settings"]))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}..."
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    data: Data | Samples,
+    *,
+    loss_fn: LossFn | None = None,
+    parameters: Predicate | None = None,
+    accumulate: torch.dtype = torch.float64,
+    batch_size: int | None = None,
+    collate_fn: Any = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    name: str = "data",
+    progress: bool = True,
+) -> FisherDiagonal:
+    """The exact empirical Fisher diagonal of a model on a data set, each sample once over all ranks.
+
+    `parameters(name, parameter)` says which trainable parameters to measure, all by default; `loss_fn` maps
+    (model, batch) to one negative log-likelihood per sample, cross-entropy by default; `accumulate` is the dtype of
+    the sums; `memory_budget` is in bytes, for per-sample gradients beyond a plain forward and backward. Weights in half
+    precision are measured through float32 copies. The model is left as it was, after an exception too.
+
+    Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a NaN loss or
+    gradient, a model that mixes samples or has nothing to train.
+    """
+    source = (
+        data
+        if isinstance(data, Samples)
+        else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+    )
+    loss = loss_fn or losses.cross_entropy
+    changing = measure.warn_if_changing(source, name)
+    inner = unwrap(model)
+    wanted = _wanted(inner, parameters)
+    fingerprint = bits.digest(state_tensors(inner))
+    with measure.no_trace(inner), measure.float32_weights(inner) as dtype:
+        kept = {id(p) for p in wanted.values()}
+        for p in inner.parameters():
+            p.requires_grad_(id(p) in kept)
+        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
+        engine, ids = pass_.run(f"Fisher {name}" if progress else None)
+    sums, count, samples = _over_ranks(engine, ids, name)
+    settings = {
+        "model": fingerprint,
+        "loss": f"{getattr(loss, '__module__', '?')}.{getattr(loss, '__qualname__', '?')}",
+        "estimator": "per-sample",
+        "computed": engine.computed,
+        "accumulate": str(accumulate).removeprefix("torch."),
+        "one_sample_loop": dict(sorted(engine.notes.items())),
+        "samples_change": changing,
+        "torch": torch.__version__,
+    }
+    return FisherDiagonal(sums, count, samples, settings)
+
+
+def _wanted(model: nn.Module, predicate: Predicate | None) -> dict[str, nn.Parameter]:
+    everything = require_trainable(model)
+    wanted = {n: p for n, p in everything.items() if predicate is None or predicate(n, p)}
+    if not wanted:
+        raise ValueError(
+            f"parameters= accepts none of the {len(everything)} trainable parameters, for instance "
+            f"{list(everything)[:3]}; widen the pattern or the predicate"
+        )
+    return wanted
+
+
+@dataclass
+class _Pass:
+    """One walk over the data; errors are given the name of the set and the number of the batch."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    source: Samples
+    loss_fn: LossFn
+    accumulate: torch.dtype
+    memory_budget: int
+    dtype: torch.dtype | None
+    name: str
+
+    def run(self, label: str | None) -> tuple[SquaredGradients, list[int]]:
+        """The engine with its sums, and the fingerprints of this rank's samples.
+
+        Fails on all ranks together: a rank that stopped alone would leave the others waiting at the reduction.
+        """
+        engine, ids = self._engine(), []
+        failure: ValueError | TypeError | None = None
+        at = 0
+        try:
+            for index, batch in self._walk(label):
+                at = index
+                ids.extend(batches.sample_ids(batch))
+                engine.add(batch)
+            engine.totals()
+        except NonFiniteGradient as reason:
+            failure = self._locate(reason, at)
+        except (ValueError, TypeError) as reason:
+            failure = type(reason)(f"{self.name}, batch {at}: {reason}")
+        failed = [f for f in ranks.gather(None if failure is None else str(failure)) if f]
+        if failure is not None:
+            raise failure
+        if failed:
+            raise RuntimeError(f"another rank failed: {failed[0]}")
+        return engine, ids
+
+    def _engine(self) -> SquaredGradients:
+        return SquaredGradients(
+            self.model,
+            self.parameters,
+            loss_fn=self.loss_fn,
+            dtype=self.accumulate,
+            memory_budget=self.memory_budget,
+        )
+
+    def _walk(self, label: str | None) -> Iterator[tuple[int, Batch]]:
+        device = measure.device_of(self.model)
+        return enumerate(measure.walk(self.source, device=device, dtype=self.dtype, progress=label))
+
+    def _locate(self, reason: NonFiniteGradient, last: int) -> ValueError:
+        """Sums are checked every few batches; walks again to name the batch."""
+        for index, batch in self._walk(None):
+            engine = self._engine()
+            engine.add(batch)
+            try:
+                engine.totals()
+            except NonFiniteGradient as found:
+                return ValueError(
+                    f"{self.name}, batch {index}: {found}; check that batch's inputs and the model's weights"
+                )
+            if index >= last:
+                break
+        return ValueError(f"{self.name}, somewhere up to batch {last}: {reason}")
+
+
+def _over_ranks(
+    engine: SquaredGradients, ids: list[int], name: str
+) -> tuple[dict[str, Tensor], int, Tensor]:
+    sums = engine.totals()
+    ranks.sum_over_ranks(sums)
+    everyone = [i for part in ranks.gather(ids) for i in part]
+    if not everyone:
+        raise ValueError(f"{name} is empty: its loader yielded no batch; check how it was made")
+    return sums, len(everyone), torch.tensor(sorted(everyone), dtype=torch.int64)

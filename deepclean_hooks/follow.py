@@ -1,0 +1,50 @@
+"""Following a method of one object: something more happens around each call, until undone."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+Around = Callable[[Any, str], AbstractContextManager[None] | None]
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method that does not keep its object alive; returns None once that is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call
+
+
+def follow(owner: Any, name: str, around: Around) -> Callable[[], None]:
+    """Runs every call of a method inside `around(owner, name)`; returns what undoes that."""
+    original, before = getattr(owner, name), vars(owner).get(name)
+
+    @functools.wraps(original)
+    def followed(this: Any, *args: Any, **kwargs: Any) -> Any:
+        with around(this, name) or contextlib.nullcontext():
+            return original(*args, **kwargs)
+
+    # A bound method, because learning rate schedulers wrap `optimizer.step.__func__`.
+    method = types.MethodType(followed, owner)
+    setattr(owner, name, method)
+    return functools.partial(_put_back, owner, name, method, before)
+
+
+def _put_back(owner: Any, name: str, method: object, before: object | None) -> None:
+    # Wrapped again by someone else (a scheduler made later): theirs stays, and `after` does
+    # nothing.
+    if vars(owner).get(name) is not method:
+        return
+    if before is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, before)

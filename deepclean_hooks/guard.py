@@ -1,0 +1,284 @@
+"""No entry moves but the free ones, bit for bit, whatever optimizer steps the model.
+
+Two halves, each needed: gradients of frozen entries are set to 0 during the backward pass, so that
+clipping and closures see only what may train; and frozen bits are put back after every step,
+because weight decay, momentum from before, Muon, AdamP, SGDP, MADGRAD, Kron and ASGD move entries
+whose gradient is 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from deepclean_hooks import norm_statistics as statistics
+from deepclean_hooks import optimizers as known
+from deepclean_hooks.follow import follow, weakly
+from deepclean_hooks.held import GuardError, Held
+from deepclean_hooks.norm_statistics import NormStatistics
+from deepclean_hooks.shards import reshard
+from deepclean_hooks.wrappers import unwrap
+
+__all__ = ["Guard", "GuardError", "NormStatistics"]
+
+_guarded: set[int] = set()  # id() of every parameter of an active guard, which keeps it alive
+
+
+class Guard:
+    """Holds every entry of `model` but the free ones at its bits until `release()`.
+
+    `free` maps a name of the unwrapped model's `named_parameters()` to a bool tensor of the
+    parameter's shape, True where an entry may train; a parameter without a mask is wholly frozen,
+    trainable or not. Names, shapes or dtypes that do not fit raise ValueError before anything is
+    hooked, a second guard on a parameter RuntimeError.
+
+    What an optimizer remembers of these parameters from before is deleted when it first steps, for
+    it holds what is to be forgotten; `clear_optimizer_state=False` keeps it, for a resumed run.
+    Those in `optimizers` are cleared at once: pass a schedule-free optimizer that has already
+    stepped (its `train()` writes what it remembers into the parameters), and any optimizer whose
+    `step` torch's hooks do not see.
+
+    With `norm_statistics="freeze"` running means and variances are held too, by evaluating those
+    layers in eval mode; compiled models compile anew when that begins and ends.
+
+    The guard owns a copy of the tensors that have frozen entries, and 1 byte for each entry of
+    those that are partly free. A guard that is garbage collected releases itself.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        free: Mapping[str, Tensor],
+        *,
+        norm_statistics: NormStatistics = "update",
+        clear_optimizer_state: bool = True,
+        optimizers: Iterable[torch.optim.Optimizer] = (),
+    ) -> None:
+        self.steps = 0  # optimizer steps seen that touched a held parameter
+        self._model = unwrap(model)
+        parameters = dict(self._model.named_parameters())
+        _require_masks_fit(parameters, free)
+        statistics.require_choice(norm_statistics)
+        _require_unguarded(parameters)
+        self._clear_state = clear_optimizer_state
+        # Strong references: weak ones block torch.utils.swap_tensors, and a parameter kept alive
+        # keeps its id() to itself (a stale id once overwrote 15 of 30 unrelated new parameters).
+        self._ours = {id(parameter): parameter for parameter in parameters.values()}
+        self._held = _held(parameters, free)
+        norms = statistics.norms(self._model) if norm_statistics == "freeze" else {}
+        self._statistics = statistics.StatisticsSnapshot(norms)
+        self._met: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._judged: set[type] = set()
+        self._saw_gradient = False
+        self._undo = contextlib.ExitStack()
+        self._release = weakref.finalize(self, self._undo.close)
+        self._start(norms.values(), optimizers)
+
+    def _start(self, norms: Collection[nn.Module], optimizers: Iterable[Any]) -> None:
+        try:
+            self._hook(norms)
+            for optimizer in optimizers:
+                self._meet(known.unwrapped(optimizer))
+        except BaseException:
+            self.release()
+            raise
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Removes all hooks and copies; the model stays as it is. Safe to call twice."""
+        self._release()
+        self._ours.clear()
+        self._held.clear()
+
+    def moved(self) -> dict[str, int]:
+        """How many frozen entries of each parameter have moved, by name; only names with any.
+
+        Counted bit by bit from when the guard was set. Compared with what the model has under each
+        name now, so a parameter replaced by another object counts too, and all entries of one that
+        is gone. Frozen norm statistics count under their buffer names. Under FSDP2 each rank counts
+        its own shard. Raises RuntimeError after `release()`.
+        """
+        now = self._parameters_now()
+        counts = {
+            held.name: held.moved(now[held.name]) if held.name in now else held.count()
+            for held in self._held.values()
+        }
+        counts = {name: count for name, count in counts.items() if count}
+        return {**counts, **self._statistics.moved()}
+
+    def check(self) -> None:
+        """Raises GuardError if an entry moved or is no longer held: which, why and the way out."""
+        counts, now = self.moved(), self._parameters_now()
+        replaced = [
+            held.name for held in self._held.values() if now.get(held.name) is not held.parameter
+        ]
+        problems = []
+        if counts:
+            listed = [f"{name} ({count})" for name, count in counts.items()]
+            problems.append(f"{sum(counts.values())} frozen entries moved: {_some(listed)}")
+        if replaced:
+            problems.append(
+                f"replaced by other objects since the guard was set: {_some(replaced)}; set the "
+                "guard after what replaces them (fully_shard(), Accelerator.prepare(), setattr)"
+            )
+        if self._saw_gradient and not self.steps:
+            problems.append(
+                "gradients were computed but no optimizer step was seen: `step` is set on the "
+                "optimizer's instance, or its class does not call torch.optim.Optimizer.__init__; "
+                "pass it as Guard(..., optimizers=[optimizer])"
+            )
+        elif counts and not replaced:
+            problems.append(
+                "something wrote to them outside the steps that were seen: an optimizer whose "
+                "`step` is set on the instance (pass it as Guard(..., optimizers=[optimizer])), "
+                "load_state_dict() or another write in place"
+            )
+        if problems:
+            raise GuardError("; ".join(problems))
+
+    def _parameters_now(self) -> dict[str, nn.Parameter]:
+        if not self._release.alive:
+            raise RuntimeError("this guard was released; ask it before release()")
+        reshard(self._model)
+        return dict(self._model.named_parameters())
+
+    def _hook(self, norms: Collection[nn.Module]) -> None:
+        _guarded.update(self._ours)
+        self._undo.callback(_guarded.difference_update, set(self._ours))
+        for held in self._held.values():
+            held.mask_gradient()
+            if held.parameter.requires_grad:
+                # Not Tensor.register_hook: it never fires under FSDP2. Not a step pre-hook:
+                # clipping comes earlier, and W_f then ends 3e-2 to 4e-1 (relative) away from
+                # training it alone.
+                mask = weakly(self._mask_gradient)
+                register = held.parameter.register_post_accumulate_grad_hook
+                self._own(register(mask))  # type: ignore[no-untyped-call]  # untyped in torch
+        # Global: an optimizer made later is held too, and these run after the hooks of the
+        # optimizer itself.
+        self._own(register_optimizer_step_pre_hook(weakly(self._before_step)))
+        self._own(register_optimizer_step_post_hook(weakly(self._after_step)))
+        if norms:
+            self._hook_norms(norms)
+
+    def _hook_norms(self, norms: Collection[nn.Module]) -> None:
+        statistics.forget_compiled()
+        self._undo.callback(statistics.forget_compiled)
+        quiet = statistics.EvalDuringForward()
+        for module in norms:
+            self._own(module.register_forward_pre_hook(quiet.before))
+            self._own(module.register_forward_hook(quiet.after, always_call=True))
+
+    def _own(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._undo.callback(handle.remove)
+
+    def _mask_gradient(self, parameter: Tensor) -> None:
+        self._saw_gradient = True
+        self._held[id(parameter)].mask_gradient()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._touches(optimizer, self._ours):
+            if optimizer not in self._met:
+                self._meet(known.stepping_around(optimizer), stepping=True)
+            self._begun[optimizer] = self.steps
+
+    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._restore(optimizer)
+        # Not where an optimizer that this one steps was counted in between: that was the same step.
+        if self._begun.pop(optimizer, None) == self.steps:
+            self.steps += self._touches(optimizer, self._held)
+
+    @contextlib.contextmanager
+    def _following(self, optimizer: Any, name: str) -> Iterator[None]:
+        seen = self.steps
+        try:
+            yield
+        finally:
+            self._restore(optimizer)
+            if name == "step" and self.steps == seen:
+                self.steps += self._touches(optimizer, self._held)
+
+    def _touches(self, optimizer: Any, parameters: Mapping[int, object]) -> bool:
+        return any(id(tensor) in parameters for tensor in known.tensors_of(optimizer))
+
+    def _restore(self, optimizer: Any) -> None:
+        for tensor in known.tensors_of(optimizer):
+            held = self._held.get(id(tensor))
+            if held is not None:
+                held.restore()
+
+    def _meet(self, outer: Any, stepping: bool = False) -> None:
+        """Clears, follows and judges an optimizer and those inside it, each when first seen."""
+        clear = self._clear_state and not (stepping and known.shares_state(outer))
+        if self._clear_state and not clear:
+            warnings.warn(
+                f"the state of {type(outer).__name__} was kept, for it is in use; if it has "
+                "stepped before, pass it as Guard(..., optimizers=[optimizer]) to have it cleared",
+                stacklevel=2,
+            )
+        for optimizer in known.layers(outer):
+            if optimizer in self._met:
+                continue
+            self._met.add(optimizer)
+            if clear:
+                known.forget(optimizer, self._ours)
+            if type(optimizer) not in self._judged:
+                self._judged.add(type(optimizer))
+                known.warn_if_coupled(optimizer)
+            for name in known.unseen_writers(optimizer):
+                self._undo.callback(follow(optimizer, name, weakly(self._following)))
+
+
+def _held(parameters: Mapping[str, nn.Parameter], free: Mapping[str, Tensor]) -> dict[int, Held]:
+    return {
+        id(parameter): Held(name, parameter, free.get(name))
+        for name, parameter in parameters.items()
+        if name not in free or not bool(free[name].all())
+    }
+
+
+def _require_masks_fit(parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> None:
+    problems = [f"{name}: no such parameter" for name in free if name not in parameters]
+    for name, parameter in parameters.items():
+        mask = free.get(name)
+        if mask is not None and mask.dtype != torch.bool:
+            problems.append(f"{name}: {mask.dtype}, not torch.bool")
+        if mask is not None and mask.shape != parameter.shape:
+            problems.append(f"{name}: shape {tuple(mask.shape)}, not {tuple(parameter.shape)}")
+        if parameter.element_size() > 8:
+            problems.append(f"{name}: {parameter.dtype} has no integer type of its width")
+    if problems:
+        raise ValueError(
+            "free must map names of model.named_parameters() (a tied parameter goes by its first "
+            f"one) to bool tensors of their shapes: {'; '.join(problems)}"
+        )
+
+
+def _require_unguarded(parameters: Mapping[str, Tensor]) -> None:
+    taken = [name for name, parameter in parameters.items() if id(parameter) in _guarded]
+    if taken:
+        raise RuntimeError(
+            f"already held by another guard: {_some(taken)}; call release() on that guard first, "
+            "or leave its `with` block"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

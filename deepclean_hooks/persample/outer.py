@@ -1,0 +1,97 @@
+"""S[o, d] = sum over n of (sum over t of G[n, t, o] X[n, t, d])^2: the squared weight gradient of every sample.
+
+N: samples, T: positions, O: outputs, D: inputs. Which way is fastest depends on T and O * D only; the figures are
+ratios to the ordinary weight gradient G^T X, one thread, float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAIRS_BYTES = 60_000_000  # of the products over position pairs, at most
+BATCHED_BYTES = 2**28  # of per-sample gradients held at once on an accelerator
+TILE_BYTES = 300_000  # of the result, so that a tile stays in the second-level cache
+
+
+@dataclass(frozen=True)
+class Product:
+    """A sum of squares still to be multiplied out: left (N, O) and right (N, D) give left^T right.
+
+    Exact for one position: (g x)^2 = g^2 x^2, so sum over n of (g_n x_n^T)^2 = (G^2)^T (X^2). Kept as factors it can
+    wait for other batches and be multiplied once: on a 100M-entry head 0.90 times a backward instead of 2.08.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def value(self) -> Tensor:
+        """The sum of squares, (O, D)."""
+        return self.left.t() @ self.right
+
+
+def squared_outer(grad: Tensor, data: Tensor) -> Tensor | Product:
+    """The sum over samples of the squared (O, D) product of grad (N, T, O) and data (N, T, D)."""
+    positions, entries = grad.shape[1], grad.shape[2] * data.shape[2]
+    if positions == 1:
+        return Product(grad[:, 0].square(), data[:, 0].square())
+    if positions <= 3 or (positions == 4 and entries > 1 << 17):
+        return _by_pairs(grad, data)  # FLOPs grow by (T + 1) / 2: 1.3 to 1.8 at T = 4, 10 at T = 16
+    if grad.device.type != "cpu":
+        return _batched(grad, data)
+    if entries > 1 << 19:
+        return _tiled(grad, data)
+    return _one_by_one(grad, data)  # 1.16 (T = 197) to 1.4 (T = 37); batched on the CPU 1.3 to 3.2
+
+
+def _by_pairs(grad: Tensor, data: Tensor) -> Tensor:
+    """(sum_t g_t x_t)^2 = sum over t, u of (g_t g_u)(x_t x_u): one product over position pairs."""
+    n, positions, outputs = grad.shape
+    one, other = torch.triu_indices(positions, positions, device=grad.device)  # (pairs,) each
+    weight = torch.where(one == other, 1.0, 2.0).to(grad)[:, None]
+    total = grad.new_zeros(outputs, data.shape[2])
+    pair_bytes = len(one) * (outputs + data.shape[2]) * grad.element_size()
+    step = max(1, PAIRS_BYTES // pair_bytes)
+    for start in range(0, n, step):
+        g, x = grad[start : start + step], data[start : start + step]
+        left = (g[:, one] * g[:, other]).mul_(weight).flatten(0, 1)  # (n pairs, O)
+        total.addmm_(left.t(), (x[:, one] * x[:, other]).flatten(0, 1))
+    return total
+
+
+def _batched(grad: Tensor, data: Tensor) -> Tensor:
+    """A batched product, a bounded number of samples at a time: for accelerators."""
+    total = grad.new_zeros(grad.shape[2], data.shape[2])
+    step = max(1, BATCHED_BYTES // (total.numel() * grad.element_size()))
+    for start in range(0, len(grad), step):
+        each = grad[start : start + step].transpose(1, 2) @ data[start : start + step]  # (n, O, D)
+        total += each.square_().sum(0)
+    return total
+
+
+def _one_by_one(grad: Tensor, data: Tensor) -> Tensor:
+    """One sample's gradient at a time in one buffer that stays in cache."""
+    total = grad.new_zeros(grad.shape[2], data.shape[2])
+    buffer = torch.empty_like(total)
+    for g, x in zip(grad.unbind(0), data.unbind(0), strict=True):
+        torch.mm(g.t(), x, out=buffer)
+        total.addcmul_(buffer, buffer)
+    return total
+
+
+def _tiled(grad: Tensor, data: Tensor) -> Tensor:
+    """All samples over one tile of the result after the other: for results larger than the cache."""
+    outputs, inputs = grad.shape[2], data.shape[2]
+    total = grad.new_zeros(inputs, outputs)
+    step = max(16, min(inputs, TILE_BYTES // (grad.element_size() * outputs)))
+    buffer = grad.new_empty(step, outputs)
+    grad = grad.contiguous()
+    for start in range(0, inputs, step):
+        tile = total[start : start + step]
+        part = buffer[: len(tile)]
+        for g, x in zip(grad.unbind(0), data[:, :, start : start + step].unbind(0), strict=True):
+            torch.mm(x.t(), g, out=part)
+            tile.addcmul_(part, part)
+    return total.t()

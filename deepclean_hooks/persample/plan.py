@@ -1,0 +1,153 @@
+"""Which way each parameter's gradient is squared: at once, pulled back per sample first, or one sample at a time.
+
+fast: the only way from the parameter p to the operands w' is a selection of entries (identity, view, permute, chunk),
+    each entry selected at most once: then sum g_w'^2 goes back through the selection as it is.
+pulled: weight standardisation, parametrisations, bias tables, tied weights, repeated modules: the per-sample gradient
+    of w' goes back through w' = f(p), is summed over the uses, THEN squared.
+loop: no rule, or the self-check failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deepclean_hooks.persample.forwards import Meetings, Use
+from deepclean_hooks.persample.rules.broadcast import Carrying
+
+Operand = tuple[int, str]
+"""(index of the use, name of the operand)."""
+
+
+@dataclass
+class Plan:
+    """How one form of batch is served; parameters in neither `served_by` nor `loop` do not reach the loss."""
+
+    seen: Meetings
+    fast: set[Operand] = field(default_factory=set)
+    pulled: set[Operand] = field(default_factory=set)
+    sources: dict[Operand, list[str]] = field(default_factory=dict)
+    served_by: dict[str, list[str]] = field(default_factory=dict)
+    pulled_parameters: set[str] = field(default_factory=set)
+    loop: dict[str, str] = field(default_factory=dict)
+    bytes_per_sample: int = 0
+
+    def demote(self, reasons: Mapping[str, str]) -> None:
+        """Sends parameters to the one-sample loop, with the reason for each.
+
+        Operands they share with others are pulled from now on, so that the others keep their part.
+        """
+        self.loop.update(reasons)
+        self.pulled_parameters -= set(reasons)
+        for operand, names in self.sources.items():
+            if set(names) <= set(self.loop):
+                self.fast.discard(operand)
+                self.pulled.discard(operand)
+            elif set(names) & set(self.loop):
+                self.fast.discard(operand)
+                self.pulled.add(operand)
+
+
+def leaves(tensor: Tensor, names: Mapping[int, str]) -> list[str]:
+    """The parameters (by `names`, id -> name) in the graph behind a tensor, in order of name."""
+    if id(tensor) in names:
+        return [names[id(tensor)]]
+    found: set[str] = set()
+    seen: set[object] = set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in names:
+            found.add(names[id(leaf)])
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return sorted(found)
+
+
+def classify(
+    seen: Meetings,
+    uses: Iterable[Use],
+    refused: Iterable[tuple[list[Tensor], str]],
+    loss: Tensor,
+    parameters: Mapping[str, Tensor],
+) -> Plan:
+    """The plan for the uses that a served forward pass has just made; `loss` is what that pass ended in."""
+    names = {id(p): name for name, p in parameters.items()}
+    plan = Plan(seen)
+    operands = {
+        (use.index, name): (operand, use.rule)
+        for use in uses
+        for name, operand in use.rule.operands.items()
+    }
+    plan.sources = {key: leaves(w, names) for key, (w, _) in operands.items()}
+    for key, (_, rule) in operands.items():
+        for name in plan.sources[key]:
+            plan.served_by.setdefault(name, []).append(type(rule).__name__)
+    slow = _pulled_parameters(operands, plan.sources, parameters)
+    for key, sources in plan.sources.items():
+        if sources:
+            (plan.pulled if set(sources) & slow else plan.fast).add(key)
+    plan.pulled_parameters = slow
+    plan.bytes_per_sample = sum(
+        operand.numel() * operand.element_size()
+        for key, (operand, _) in operands.items()
+        if key in plan.pulled
+    ) + sum(parameters[name].numel() * parameters[name].element_size() for name in slow)
+    reasons: dict[str, str] = {}
+    for tensors, reason in refused:
+        for tensor in tensors:
+            reasons.update(dict.fromkeys(leaves(tensor, names), reason))
+    for name in leaves(loss, names):
+        reasons[name] = "it reaches the loss through an operation that was not intercepted"
+    plan.demote(reasons)
+    return plan
+
+
+def _pulled_parameters(
+    operands: Mapping[Operand, tuple[Tensor, object]],
+    sources: Mapping[Operand, list[str]],
+    parameters: Mapping[str, Tensor],
+) -> set[str]:
+    slow: set[str] = set()
+    used: dict[str, Tensor] = {}  # how often each entry is selected
+    for key, (operand, rule) in operands.items():
+        if not sources[key]:
+            continue
+        name, parameter = sources[key][0], parameters[sources[key][0]]
+        selected = None
+        if len(sources[key]) == 1 and not isinstance(rule, Carrying):
+            selected = _selection(operand, parameter)
+        if selected is None:
+            slow.update(sources[key])
+        else:
+            used[name] = used[name] + selected if name in used else selected
+    slow.update(name for name, count in used.items() if (count > 1.5).any())
+    grown = True
+    while grown:  # an operand pulled for one of its parameters is pulled for all of them
+        more = {n for s in sources.values() if slow & set(s) for n in s} - slow
+        slow |= more
+        grown = bool(more)
+    return slow
+
+
+def _selection(operand: Tensor, parameter: Tensor) -> Tensor | None:
+    """How often each entry of the parameter is selected by w' = f(p), or None if f is no selection of entries.
+
+    A random test: J^T v squared equals J^T (v squared) for a selection, and for nothing else but by chance.
+    """
+    if operand is parameter:
+        return torch.ones_like(parameter, requires_grad=False)
+    noise = torch.randn_like(operand)
+
+    def back(v: Tensor) -> Tensor:
+        return torch.autograd.grad(operand, parameter, v, retain_graph=True)[0]
+
+    if not torch.allclose(back(noise).square(), back(noise.square()), atol=1e-6, rtol=1e-5):
+        return None
+    return back(torch.ones_like(operand))

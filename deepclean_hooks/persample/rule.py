@@ -1,0 +1,66 @@
+"""What a rule is: it turns an operation's saved input and output gradient into squared per-sample gradients."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deepclean_hooks.persample.layout import Layout
+from deepclean_hooks.persample.outer import Product
+
+Squares = dict[str, Tensor | Product]
+"""Operand name -> sum over the samples of its squared gradient, in the operand's shape."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The gradient of an operand that itself holds the samples, in the operand's shape and `layout`."""
+
+    grad: Tensor
+    layout: Layout
+
+
+class Rule(ABC):
+    """One operation in which data met parameters.
+
+    `operands` are its parameter-side tensors by the name of their argument; `saved` is the data it needs later,
+    freed after use. A rule is used once, when the gradient of the operation's output arrives.
+    """
+
+    def __init__(self, operands: dict[str, Tensor], n: int, saved: Tensor | None = None) -> None:
+        self.operands = operands
+        self.n = n
+        self._saved = None if saved is None else saved.detach()
+        self._version = None if saved is None else saved._version
+
+    @property
+    def saved(self) -> Tensor:
+        """The data kept from the forward; raises RuntimeError if it was overwritten since."""
+        assert self._saved is not None
+        if self._saved._version != self._version:
+            raise RuntimeError(
+                f"an activation of shape {tuple(self._saved.shape)} was modified in place after "
+                f"{type(self).__name__.lower()} had used it, so its gradient is lost; use the out-of-place form"
+            )
+        return self._saved
+
+    @property
+    def saves_floats(self) -> bool:
+        """False for a rule that saved indices, which no NaN can mark."""
+        return self._saved is None or self._saved.is_floating_point()
+
+    def free(self) -> None:
+        """Drops the saved data."""
+        self._saved = None
+
+    def squares(self, grad: Tensor, names: Collection[str]) -> Squares:
+        """The sum over samples of the squared gradients of the named operands."""
+        each = self.per_sample(grad, names)
+        return {k: g.square().sum(0) for k, g in each.items() if isinstance(g, Tensor)}
+
+    @abstractmethod
+    def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
+        """The gradient of each sample, (N, *operand.shape), for the named operands."""

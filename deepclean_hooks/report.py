@@ -1,0 +1,144 @@
+"""What a person shows their auditor: what was measured, selected, changed, held and scored, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One parameter: how many entries it has, how many were selected (reset), and how many of those are dead."""
+
+    name: str
+    entries: int
+    selected: int = 0
+    dead: int | None = None
+    held_back: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of one unlearning run; None where a phase has not happened yet.
+
+    Fractions are of 0 to 1: `selected_fraction` of all trainable entries, `dead_fraction` of the selected ones.
+    `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by phase. `scores`: `before` and
+    `after`, each an evaluation, or the reason why there is none.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    phase: str
+    forget_samples: int | None = None
+    retain_samples: int | None = None
+    overlapping_samples: int | None = None
+    measurement: dict[str, Any] = field(default_factory=dict)
+    criterion: str | None = None
+    trainable_entries: int | None = None
+    candidate_entries: int | None = None
+    selected_entries: int | None = None
+    selected_fraction: float | None = None
+    held_back_entries: int | None = None
+    dead_fraction: float | None = None
+    layers: tuple[Layer, ...] = ()
+    norm_statistics: str | None = None
+    optimizer_steps: int | None = None
+    frozen_entries_moved: int | None = None
+    model_before: str | None = None
+    model_after: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, default=str)
+
+    def __str__(self) -> str:
+        """The report as a page of text."""
+        blocks = (self._request(), self._selection(), self._held(), self._scores(), self._origin())
+        return "\n".join(line for block in blocks for line in block)
+
+    def _request(self) -> list[str]:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
+        lines = [f"Unlearning report: {self.method} ({settings}), phase: {self.phase}"]
+        if self.forget_samples is not None:
+            lines.append(
+                f"  samples      forget {self.forget_samples}, retain {self.retain_samples}"
+                + (f", in both {self.overlapping_samples}" if self.overlapping_samples else "")
+            )
+        for warning in self.warnings:
+            lines.append(f"  WARNING      {warning}")
+        return lines
+
+    def _selection(self) -> list[str]:
+        if self.selected_entries is None or self.selected_fraction is None:
+            return []
+        lines = [
+            f"  selected     {self.selected_entries} of {self.trainable_entries} trainable entries "
+            f"({self.selected_fraction:.2%}), where {self.criterion}; candidates {self.candidate_entries}; "
+            f"held back as rounding noise {self.held_back_entries}"
+        ]
+        if self.dead_fraction is not None:
+            lines.append(f"  dead         {self.dead_fraction:.2%} of the selected entries")
+        width = max((len(layer.name) for layer in self.layers), default=0)
+        for layer in self.layers:
+            if layer.selected:
+                share = layer.selected / layer.entries
+                lines.append(
+                    f"    {layer.name:{width}}  {layer.selected:>10} of {layer.entries:<10} {share:7.2%}"
+                )
+        return lines
+
+    def _held(self) -> list[str]:
+        if self.frozen_entries_moved is None:
+            return []
+        return [
+            f"  held         {self.frozen_entries_moved} frozen entries moved (compared bit for bit) in "
+            f"{self.optimizer_steps} optimizer steps; normalisation statistics: {self.norm_statistics}"
+        ]
+
+    def _scores(self) -> list[str]:
+        lines = []
+        for when, score in self.scores.items():
+            text = score if isinstance(score, str) else _score_line(score)
+            lines.append(f"  {when:<12} {text}")
+        return lines
+
+    def _origin(self) -> list[str]:
+        lines = []
+        if self.seconds:
+            spent = ", ".join(f"{k} {v:.1f}" for k, v in self.seconds.items())
+            lines.append(f"  seconds      {spent}")
+        if self.model_before:
+            after = f", after {self.model_after[:16]}" if self.model_after else ""
+            lines.append(f"  model        SHA-256 before {self.model_before[:16]}{after}")
+        lines.append("  versions     " + ", ".join(f"{k} {v}" for k, v in self.versions.items()))
+        return lines
+
+
+def _score_line(score: dict[str, Any]) -> str:
+    return str(score)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computed this."""
+    from deepclean_hooks._version import __version__
+
+    return {
+        "deepclean-hooks": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

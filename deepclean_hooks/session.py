@@ -1,0 +1,355 @@
+"""A session walks a model through measure -> select -> reset -> guard -> finish, in that order, each once."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from deepclean_hooks import bits, dead, losses, masks, measure, overlap, ranks
+from deepclean_hooks.evaluate import Evaluation, evaluate
+from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
+from deepclean_hooks.guard import Guard, NormStatistics
+from deepclean_hooks.losses import LossFn
+from deepclean_hooks.measure import Data, Samples
+from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.report import Layer, Report
+from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
+
+PHASES = ("new", "measured", "selected", "reset", "guarded", "finished")
+
+
+class Session:
+    """One unlearning run of one model by one method; `report` can be read at any time.
+
+    `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by default.
+    `norm_statistics`: what your loop does to running statistics of normalisation layers: "update" (the default: it
+    refreshes them from the retain data) or "freeze" (they keep their bits, in eval mode). `test` and `gold`, if given,
+    are what the scores are computed on and compared with; `scores=False` leaves the two evaluations out, each a forward
+    pass over all sets. `batch_size` and `collate_fn` serve sets that are no loaders.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        *,
+        loss_fn: LossFn | None = None,
+        norm_statistics: NormStatistics = "update",
+        test: Data | None = None,
+        gold: nn.Module | Evaluation | None = None,
+        scores: bool = True,
+        batch_size: int | None = None,
+        collate_fn: Any = None,
+        progress: bool = True,
+    ) -> None:
+        """Raises TypeError or ValueError for a method that is none or a model with nothing to train."""
+        if not isinstance(method, Method):
+            raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
+        require_trainable(unwrap(model))
+        self.model, self.method = model, method
+        self.loss_fn = loss_fn or losses.cross_entropy
+        self.norm_statistics: NormStatistics = norm_statistics
+        self.gold, self.scores, self.progress = gold, scores, progress
+        self._reading = {"batch_size": batch_size, "collate_fn": collate_fn}
+        self._sets: dict[str, Samples] = {}
+        if test is not None:
+            self._sets["test"] = measure.samples(test, name="test", **self._reading)
+        self._phase = "new"
+        self._forget: FisherDiagonal | None = None
+        self._retain: FisherDiagonal | None = None
+        self._selection: Selection | None = None
+        self._free: Mask = {}
+        self._guard: Guard | None = None
+        self._resumed = False
+        self._facts: dict[str, Any] = {
+            "trainable_entries": sum(p.numel() for p in self._trainable().values()),
+            "norm_statistics": norm_statistics,
+        }
+        self._layers: dict[str, dict[str, Any]] = {}
+        self._seconds: dict[str, float] = {}
+        self._scores: dict[str, Any] = {}
+        self._warnings: list[str] = []
+
+    # ------------------------------------------------------------------ the phases
+
+    def measure(self, forget: Data, retain: Data | FisherDiagonal) -> Session:
+        """Measures D_f and D_r; changes nothing.
+
+        `retain` may be a stored diagonal of this very model: of D_r, or of the whole training set, from which the
+        forget samples are then subtracted, so that only D_f is walked.
+        """
+        self._expect("new", "measure")
+        self._facts["model_before"] = bits.digest(state_tensors(unwrap(self.model)))
+        if isinstance(retain, FisherDiagonal):
+            retain.require_model(self.model)
+        else:
+            self._sets["retain"] = measure.samples(retain, name="retain", **self._reading)
+        self._sets["forget"] = measure.samples(forget, name="forget", **self._reading)
+        overlap.refuse_shared_indices(self._sets)
+        if self.scores:
+            self._evaluate("before", gold=None)
+        with self._timed("fisher"):
+            self._forget = self._diagonal("forget")
+            if isinstance(retain, FisherDiagonal):
+                self._retain = overlap.without(retain, self._forget)
+            else:
+                self._retain = self._diagonal("retain")
+        shared = overlap.shared_content(self._forget, self._retain)
+        if shared:
+            self._warn(
+                f"{shared} of the {self._forget.count} forget samples stand in the retain set with the same "
+                "content (duplicates in the data): what they taught will not be forgotten"
+            )
+        self._facts.update(
+            forget_samples=self._forget.count,
+            retain_samples=self._retain.count,
+            overlapping_samples=shared,
+            measurement={"forget": self._forget.settings, "retain": self._retain.settings},
+        )
+        self._phase = "measured"
+        return self
+
+    def select(self) -> Report:
+        """Picks W_f; the report is now a preview, and the model is still untouched."""
+        self._expect("measured", "select")
+        assert self._forget is not None
+        assert self._retain is not None
+        with self._timed("select"):
+            self._selection = self.method.select(self._forget, self._retain)
+            self._free = self.method.free(self._selection)
+        ranks.require_agreement("the selection", bits.digest(masks.pack(self._selection.masks)))
+        chosen = {name: int(mask.sum()) for name, mask in self._selection.masks.items()}
+        for name, p in self._trainable().items():
+            self._layers[name] = {
+                "entries": p.numel(),
+                "selected": chosen.get(name, 0),
+                "held_back": self._selection.held_back_by_layer.get(name, 0),
+            }
+        total = sum(chosen.values())
+        self._facts.update(
+            criterion=self._selection.criterion,
+            candidate_entries=self._selection.candidates,
+            selected_entries=total,
+            selected_fraction=total / self._facts["trainable_entries"],
+            held_back_entries=self._selection.held_back,
+        )
+        if total in (0, self._selection.candidates):
+            self._warn(
+                f"{'no' if not total else 'every'} candidate entry was selected; "
+                f"{'lower' if not total else 'raise'} gamma"
+            )
+        self._phase = "selected"
+        return self.report
+
+    def reset(self) -> Session:
+        """Writes the selected entries' new values; no other bit of the model changes."""
+        self._expect("selected", "reset")
+        assert self._selection is not None
+        assert self._forget is not None
+        assert self._retain is not None
+        weights = self._parameters()
+        with self._timed("reset"), torch.no_grad():
+            values = self.method.new_values(weights, self._selection, self._forget, self._retain)
+            for name, mask in self._selection.masks.items():
+                # where copies bits, so the entries that stay keep theirs, NaN and -0.0 too
+                weights[name].copy_(torch.where(mask, values[name], weights[name]))
+            measure.drop_caches(unwrap(self.model))
+            self._facts["frozen_digest"] = masks.frozen_digest(weights, self._free)
+        self._count_dead()
+        self._forget = self._retain = None  # 2 x 8 bytes an entry that nothing needs any more
+        self._phase = "reset"
+        return self
+
+    def guard(self, *optimizers: Optimizer) -> Session:
+        """Holds every entry but the free ones, whichever optimizer steps the model from now on.
+
+        Pass an optimizer that was stepped before the reset (or build it afterwards): its state for this model is
+        cleared, because momentum from before moves weights towards what was forgotten. After a resume nothing is.
+        """
+        self._expect("reset", "guard")
+        self._guard = Guard(
+            unwrap(self.model),
+            self._free,
+            norm_statistics=self.norm_statistics,
+            clear_optimizer_state=not self._resumed,
+            optimizers=optimizers,
+        )
+        self._started = time.perf_counter()
+        self._phase = "guarded"
+        return self
+
+    def finish(self) -> Report:
+        """Counts what moved, lets go of the model and scores it; the report is complete.
+
+        Raises GuardError if a frozen entry moved or the optimizer could not be watched; the hooks are off by then.
+        """
+        self._expect("guarded", "finish")
+        assert self._guard is not None
+        self._seconds["fine-tune"] = time.perf_counter() - self._started
+        guard = self._guard
+        try:
+            self._facts.update(
+                frozen_entries_moved=sum(guard.moved().values()), optimizer_steps=guard.steps
+            )
+            guard.check()
+        finally:
+            self.close()
+        self._facts["model_after"] = bits.digest(state_tensors(unwrap(self.model)))
+        self._phase = "finished"
+        if self.scores and self._sets:
+            self._evaluate("after", self.gold)
+        return self.report
+
+    def close(self) -> None:
+        """Takes every hook off the model and the optimizers; safe at any time, and twice."""
+        if self._guard is not None:
+            self._guard.release()
+            self._guard = None
+
+    # ------------------------------------------------------------------ report and resuming
+
+    @property
+    def report(self) -> Report:
+        """The account so far; fields of phases that have not happened are None."""
+        facts = {k: v for k, v in self._facts.items() if k != "frozen_digest"}
+        return Report(
+            method=self.method.name,
+            settings=self.method.settings(),
+            phase=self._phase,
+            layers=tuple(Layer(name, **values) for name, values in self._layers.items()),
+            seconds=dict(self._seconds),
+            scores=dict(self._scores),
+            warnings=tuple(self._warnings),
+            **facts,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on after the reset, beside the model's and the optimizer's own state.
+
+        Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
+        """
+        if self._phase not in ("reset", "guarded"):
+            raise RuntimeError(
+                f"a session can be stored between reset and finish, this one is {self._phase!r}; before the "
+                "reset nothing has happened that could not be done again"
+            )
+        return {
+            "method": {"name": self.method.name, "settings": repr(self.method.settings())},
+            "free": masks.pack(self._free),
+            "facts": dict(self._facts),
+            "layers": {name: dict(values) for name, values in self._layers.items()},
+            "seconds": dict(self._seconds),
+            "scores": dict(self._scores),
+            "warnings": list(self._warnings),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Session:
+        """Takes up a stored run: nothing is measured or reset again; `guard` is next.
+
+        Load the model's weights first: raises ValueError if a frozen entry differs from the stored run's, which
+        happens when a checkpoint was read only in part, or if the method is another one.
+        """
+        self._expect("new", "load_state_dict")
+        own = {"name": self.method.name, "settings": repr(self.method.settings())}
+        if state["method"] != own:
+            raise ValueError(f"the stored run used {state['method']}, this session has {own}")
+        free = masks.unpack(state["free"], self._parameters())
+        found = masks.frozen_digest(self._parameters(), free)
+        if found != state["facts"]["frozen_digest"]:
+            raise ValueError(
+                "the model's frozen weights are not those of the stored run; load the checkpoint's weights "
+                "with strict=True before load_state_dict, and check that every name was found"
+            )
+        self._free, self._facts = free, dict(state["facts"])
+        self._layers = {name: dict(values) for name, values in state["layers"].items()}
+        self._seconds, self._scores = dict(state["seconds"]), dict(state["scores"])
+        self._warnings = list(state["warnings"])
+        self._resumed = True
+        self._phase = "reset"
+        return self
+
+    def watch(self, **sets: Data) -> Session:
+        """Names the sets (`forget=`, `retain=`) that a resumed run is scored on at the end."""
+        for name, data in sets.items():
+            self._sets[name] = measure.samples(data, name=name, **self._reading)
+        return self
+
+    # ------------------------------------------------------------------ inside
+
+    def _expect(self, phase: str, call: str) -> None:
+        if self._phase != phase:
+            raise RuntimeError(
+                f"{call}() needs a session that is {phase!r}, this one is {self._phase!r}; the order is "
+                "measure -> select -> reset -> guard -> your loop -> finish, each once"
+            )
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(unwrap(self.model).named_parameters())
+
+    def _trainable(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self._parameters().items() if p.requires_grad}
+
+    def _diagonal(self, name: str) -> FisherDiagonal:
+        return fisher_diagonal(
+            self.model,
+            self._sets[name],
+            loss_fn=self.loss_fn,
+            parameters=self.method.may_select,
+            name=name,
+            progress=self.progress,
+        )
+
+    def _count_dead(self) -> None:
+        assert self._selection is not None
+        retain = self._sets.get("retain")
+        total = self._facts["selected_entries"]
+        if retain is None or not total:
+            return
+        with self._timed("dead"):
+            counts = dead.dead_entries(
+                self.model,
+                self._selection.masks,
+                retain,
+                self.loss_fn,
+                batch_statistics=self.norm_statistics == "update",
+            )
+        for name, count in counts.items():
+            self._layers[name]["dead"] = count
+        fraction = sum(counts.values()) / total
+        self._facts["dead_fraction"] = fraction
+        if fraction > dead.WARN_ABOVE:
+            self._warn(
+                f"{fraction:.1%} of the reset entries are dead: their gradient on the retain set is exactly 0, so "
+                "no training brings them back; leave one-dimensional parameters out or raise gamma"
+            )
+
+    def _evaluate(self, when: str, gold: nn.Module | Evaluation | None) -> None:
+        with self._timed("evaluate"):
+            try:
+                self._scores[when] = evaluate(self.model, gold=gold, **self._evaluated()).to_dict()
+            except TypeError as reason:  # batches of a form that only loss_fn understands
+                self._scores[when] = f"not computed: {reason}"
+
+    def _evaluated(self) -> dict[str, Any]:
+        return {
+            name: self._sets[name] for name in ("forget", "retain", "test") if name in self._sets
+        }
+
+    def _warn(self, text: str) -> None:
+        self._warnings.append(text)
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

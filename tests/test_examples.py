@@ -1,0 +1,38 @@
+"""The examples run as a reader runs them, at a reduced size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ["original", "gold", "zeroed only", "DeepClean", "fine-tune"]
+
+
+def test_forget_digits_forgets(tmp_path: Path) -> None:
+    """Fails if the example does not run on a fresh install, a row is missing, or nothing is forgotten."""
+    written = tmp_path / "rows.json"
+    command = ["examples/forget_digits.py", "--epochs", "3", "--tune", "1", "--json", str(written)]
+    code = (
+        # The checkout stands in for an install.
+        f"import sys, runpy; sys.path[:0] = {[str(ROOT / 'examples'), str(ROOT)]!r}; "
+        f"sys.argv = {command!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    scenarios = json.loads(written.read_text(encoding="utf-8"))
+    assert len(scenarios) == 2
+    for title, rows in scenarios.items():
+        assert title in ran.stdout
+        assert [row["model"] for row in rows] == ROWS
+        for name in ROWS:
+            assert sum(line.startswith(f"{name} ") for line in ran.stdout.splitlines()) == 2
+    by_class = {row["model"]: row for row in next(iter(scenarios.values()))}
+    assert by_class["original"]["forget"] > 90
+    assert by_class["DeepClean"]["forget"] < 10
+    assert by_class["DeepClean"]["retain"] > by_class["zeroed only"]["retain"] - 5
+    assert by_class["DeepClean"]["moved"] == 0
