@@ -203,7 +203,7 @@ def fisher_diagonal(
         "accumulate": str(accumulate).removeprefix("torch."),
         "one_sample_loop": dict(sorted(engine.notes.items())),
         "samples_change": changing,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     return FisherDiagonal(sums, count, samples, settings)
 

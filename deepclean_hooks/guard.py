@@ -69,7 +69,7 @@ class Guard:
         parameters = dict(self._model.named_parameters())
         _require_masks_fit(parameters, free)
         statistics.require_choice(norm_statistics)
-        _require_unguarded(parameters)
+        require_unguarded(parameters)
         self._clear_state = clear_optimizer_state
         # Strong references: weak ones block torch.utils.swap_tensors, and a parameter kept alive
         # keeps its id() to itself (a stale id once overwrote 15 of 30 unrelated new parameters).
@@ -270,7 +270,8 @@ def _require_masks_fit(parameters: Mapping[str, Tensor], free: Mapping[str, Tens
         )
 
 
-def _require_unguarded(parameters: Mapping[str, Tensor]) -> None:
+def require_unguarded(parameters: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError if another guard holds any of these parameters."""
     taken = [name for name, parameter in parameters.items() if id(parameter) in _guarded]
     if taken:
         raise RuntimeError(

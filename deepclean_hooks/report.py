@@ -139,6 +139,6 @@ def versions() -> dict[str, str]:
 
     return {
         "deepclean-hooks": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
     }

@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from deepclean_hooks import bits, dead, losses, masks, measure, overlap, ranks
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
-from deepclean_hooks.guard import Guard, NormStatistics
+from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measure import Data, Samples
 from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.norm_statistics import require_choice
 from deepclean_hooks.report import Layer, Report
 from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
 
@@ -49,10 +50,12 @@ class Session:
         collate_fn: Any = None,
         progress: bool = True,
     ) -> None:
-        """Raises TypeError or ValueError for a method that is none or a model with nothing to train."""
+        """Raises TypeError or ValueError for bad settings, RuntimeError for a model that another session holds."""
         if not isinstance(method, Method):
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
+        require_choice(norm_statistics)
         require_trainable(unwrap(model))
+        require_unguarded(dict(unwrap(model).named_parameters()))
         self.model, self.method = model, method
         self.loss_fn = loss_fn or losses.cross_entropy
         self.norm_statistics: NormStatistics = norm_statistics
