@@ -130,7 +130,23 @@ class Report:
 
 
 def _score_line(score: dict[str, Any]) -> str:
-    return str(score)
+    """Accuracies and membership rate of an evaluation in one line, each with its gap to gold where there is one."""
+    gaps = score["gaps"]
+
+    def told(name: str, figure: float, unit: str) -> str:
+        gap = f" ({gaps[name]:+.2f} to gold)" if name in gaps else ""
+        return f"{figure:.2f} {unit}{gap}"
+
+    parts = [
+        f"{name} {told(f'{name}.accuracy', one['accuracy'], '%')}"
+        for name, one in score["sets"].items()
+    ]
+    found = score["membership"]
+    if found["rate"] is None:
+        parts.append(f"membership not computed ({found['reason']})")
+    else:
+        parts.append(f"{told('membership.rate', found['rate'], '%')} of forget called members")
+    return "accuracy " + ", ".join(parts)
 
 
 def versions() -> dict[str, str]:

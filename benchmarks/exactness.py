@@ -1,0 +1,60 @@
+"""How far the Fisher diagonal is from one-sample-at-a-time float64 autograd, for every model of the test table.
+
+python benchmarks/exactness.py [--json benchmarks/results/exactness.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.data import TensorDataset
+
+from deepclean_hooks import fisher_diagonal
+from deepclean_hooks.report import versions
+from machine import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+SAMPLES = 7
+
+
+def main() -> None:
+    from cases import CASES
+    from reference import relative_error, squared_gradients
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    print(f"{'model':42} {'entries':>10} {'float64':>9} {'float32':>9}  one-sample loop")
+    for name, case in CASES.items():
+        model, (x, y) = case.model(), case.batch(SAMPLES)
+        truth = squared_gradients(model, x, y)
+        single = fisher_diagonal(model, TensorDataset(x, y), batch_size=4, progress=False)
+        x = x.double() if x.is_floating_point() else x
+        double = fisher_diagonal(model.double(), TensorDataset(x, y), batch_size=4, progress=False)
+        row = {
+            "model": name,
+            "entries": sum(t.numel() for t in truth.values()),
+            "float64": relative_error(double.sums, truth),
+            "float32": relative_error(single.sums, truth, zero=1e-11),
+            "one_sample_loop": double.settings["one_sample_loop"],
+        }
+        rows.append(row)
+        looped = ", ".join(row["one_sample_loop"]) or "-"
+        print(
+            f"{name:42} {row['entries']:>10} {row['float64']:9.0e} {row['float32']:9.0e}  {looped}",
+            flush=True,
+        )
+    if options.json:
+        told = {"machine": machine(), "versions": versions(), "samples": SAMPLES, "rows": rows}
+        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

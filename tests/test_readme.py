@@ -1,0 +1,48 @@
+"""Every Python snippet of the README runs as it stands, given a model and loaders."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def surroundings() -> dict[str, object]:
+    """What a reader of the README has: a trained classifier, its data, and perhaps a gold model."""
+
+    def network() -> nn.Module:
+        layers: list[tuple[str, nn.Module]] = []
+        for i, module in enumerate((nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU())):
+            layers.append((f"conv{i}" if i == 0 else f"{i}", module))
+        layers += [("flat", nn.Flatten()), ("head", nn.Linear(96, 4))]
+        model = nn.Sequential()
+        for name, module in layers:
+            model.add_module(name, module)
+        return model
+
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(60, 1, 6, 6), torch.arange(60) % 4)
+    parts = {"forget": range(8), "retain": range(8, 40), "test": range(40, 60), "train": range(40)}
+    loaders = {f"{n}_loader": DataLoader(Subset(data, p), batch_size=8) for n, p in parts.items()}
+    return {"torch": torch, "F": F, "model": network(), "gold_model": network(), **loaders}
+
+
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a name, an argument or a promise of the README does not exist."""
+    monkeypatch.chdir(tmp_path)
+    names = surroundings()
+    exec("import deepclean_hooks as deepclean", names)
+    exec(compile(SNIPPETS[index], f"README.md snippet {index}", "exec"), names)
+    assert "deepclean" in SNIPPETS[index] or "Trainer" in SNIPPETS[index]
+
+
+def test_snippets_were_found() -> None:
+    """Fails if the README's fences change so that nothing is run."""
+    assert len(SNIPPETS) >= 6
