@@ -330,8 +330,16 @@ class Session:
         if fraction > dead.WARN_ABOVE:
             self._warn(
                 f"{fraction:.1%} of the reset entries are dead: their gradient on the retain set is exactly 0, so "
-                "no training brings them back; leave one-dimensional parameters out or raise gamma"
+                f"no training brings them back; {self._way_out_of_dead()}"
             )
+
+    def _way_out_of_dead(self) -> str:
+        parameters = self._parameters()
+        flat = any(
+            layer["selected"] and parameters[name].dim() <= 1
+            for name, layer in self._layers.items()
+        )
+        return "leave one-dimensional parameters out, or raise gamma" if flat else "raise gamma"
 
     def _evaluate(self, when: str, gold: nn.Module | Evaluation | None) -> None:
         with self._timed("evaluate"):

@@ -224,3 +224,52 @@ def test_cuda(name: str, layout: torch.memory_format) -> None:
     model = model.to("cuda", memory_format=layout)
     found = fisher_diagonal(model, TensorDataset(x, y), batch_size=3)
     assert relative_error({n: s.cpu() for n, s in found.sums.items()}, truth) <= 1e-9
+
+
+class Routed(nn.Module):
+    """One of two experts, by the sign of the batch's mean: the same operations on other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = int(x.detach().nan_to_num().mean() > 0)
+        x = self.experts[first](x).tanh()
+        return self.head(self.experts[0](x))
+
+
+def test_experts_chosen_by_the_data() -> None:
+    """Fails if a parameter is squared as in the probe although it is now used twice."""
+    torch.manual_seed(0)
+    model = Routed().double()
+    x, y = torch.randn(8, 6, dtype=torch.float64).abs(), torch.arange(8)
+    x[4:] *= -1  # the second batch goes through expert 0 twice
+    truth = squared_gradients(model, x[:4], y[:4])
+    for name, total in squared_gradients(model, x[4:], y[4:]).items():
+        truth[name] += total
+    found = fisher_diagonal(model, TensorDataset(x, y), batch_size=4)
+    assert relative_error(found.sums, truth) <= 1e-9
+
+
+class Bewildering(nn.Module):
+    """Refuses tensors that are NaN, so that it cannot be probed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.isnan(x).any():
+            raise ZeroDivisionError("not a number")
+        return self.head(x)
+
+
+def test_model_that_cannot_be_probed() -> None:
+    """Fails if a model that refuses NaN cannot be measured, or is measured without saying how."""
+    model = Bewildering().double()
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4)
+    found = fisher_diagonal(model, TensorDataset(x, y))
+    assert relative_error(found.sums, squared_gradients(model, x, y)) <= 1e-12
+    assert "not a number" in found.settings["one_sample_loop"]["head.weight"]

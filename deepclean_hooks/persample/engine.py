@@ -97,13 +97,18 @@ class SquaredGradients:
 
     def _make_plan(self, batch: Batch) -> Plan:
         few = probe.samples(batch, probe.PROBE_SAMPLES)
+        # Without interception first: what is wrong with the user's data or model comes as it is.
+        losses.per_sample(self.loss_fn(self.model, few), probe.PROBE_SAMPLES)
         try:
             seen = probe.meetings(self.model, self.loss_fn, batch)
             served, loss = self._forward(few, Plan(seen))
             plan = classify(seen, served.uses, served.refused, loss, self.parameters)
-        except (ModelChanged, probe.ProbeFailed) as reason:
+        except probe.SamplesMixed:
+            raise
+        except Exception as reason:  # whatever it is, the one-sample loop needs no interception
             plan = Plan(seen=probe.nothing())
-            plan.demote(dict.fromkeys(self.parameters, str(reason)))
+            why = f"it could not be probed: {type(reason).__name__}: {reason}"
+            plan.demote(dict.fromkeys(self.parameters, why))
         self._self_check(few, plan)
         self.notes.update(plan.loop)
         return plan
@@ -116,7 +121,7 @@ class SquaredGradients:
         trial = Sums(self.parameters, self._first().dtype)
         try:
             self._add(few, plan, trial, loops=False)
-        except RuntimeError as reason:
+        except Exception as reason:
             plan.demote(dict.fromkeys(checked, f"self-check: {reason}"))
             return
         truth = loop.squared_gradients(self.model, checked, self.loss_fn, few)
@@ -157,8 +162,18 @@ class SquaredGradients:
             ).items():
                 sums.add(name, squares)
 
+    def _require_same_operands(self, forward: ServedPass, plan: Plan) -> None:
+        """Raises ModelChanged where another parameter stands than in the probe: an expert chosen by the data."""
+        for use in forward.uses:
+            for name, operand in use.rule.operands.items():
+                expected = plan.sources.get((use.index, name))
+                found = self._names.get(id(operand))
+                if expected is None or (found is not None and expected != [found]):
+                    raise ModelChanged(f"{found} is used where the probe saw {expected}")
+
     def _backward(self, batch: Batch, count: int, plan: Plan, sums: Sums) -> None:
         forward, loss = self._forward(batch, plan)
+        self._require_same_operands(forward, plan)
         later: list[
             tuple[Tensor, Tensor]
         ] = []  # (operand, its squares), to go back through a selection

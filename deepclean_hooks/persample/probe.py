@@ -27,6 +27,10 @@ ZERO = {
 }  # of the model's largest entry: pure rounding noise
 
 
+class SamplesMixed(ValueError):
+    """The model's output for a sample depends on the other samples of its batch."""
+
+
 class ProbeFailed(Exception):
     """The model could not be probed; the one-sample loop still works."""
 
@@ -51,7 +55,7 @@ def marked(batch: Batch) -> Batch:
 def meetings(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Meetings:
     """Where data meets parameters in this model, and how the samples lie there.
 
-    Raises ValueError if the model mixes the samples of a batch (a per-sample gradient would mean nothing),
+    Raises SamplesMixed if the model mixes the samples of a batch (a per-sample gradient would mean nothing),
     ProbeFailed if it cannot run with NaN.
     """
     few = samples(batch, PROBE_SAMPLES)
@@ -87,7 +91,7 @@ def _with_nan(
     except Exception as reason:  # the model ran on the same samples without NaN
         raise ProbeFailed(f"the model does not run with NaN: {reason}") from reason
     if bool(loss[0].isnan() or loss[PROBE_SAMPLES - 1].isnan()):
-        raise ValueError(_mixing(model))
+        raise SamplesMixed(_mixing(model))
     return probing.seen
 
 
