@@ -1,4 +1,5 @@
-"""How far the Fisher diagonal is from one-sample-at-a-time float64 autograd, for every model of the test table.
+"""How far the Fisher diagonal is from one-sample-at-a-time float64 autograd, for every model of the
+test table.
 
 python benchmarks/exactness.py [--json benchmarks/results/exactness.json]
 """

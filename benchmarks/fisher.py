@@ -1,10 +1,11 @@
-"""What the exact Fisher diagonal costs: its time over that of a plain forward and backward of the same batches.
+"""What the exact Fisher diagonal costs: its time over that of a plain forward and backward of the
+same batches.
 
     OMP_NUM_THREADS=1 python benchmarks/fisher.py [--models resnet18 ...] [--json FILE]
 
-Both are run in turn in one process on the same batches with the same threads; the ratio is the median over repeats,
-with the smallest and the largest beside it. "first" includes what happens once for a model: probing, planning and the
-self-check against the one-sample loop.
+Both are run in turn in one process on the same batches with the same threads; the ratio is the
+median over repeats, with the smallest and the largest beside it. "first" includes what happens once
+for a model: probing, planning and the self-check against the one-sample loop.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def plain(model: nn.Module, batches: Batches) -> None:
-    """Forward and backward of each batch, gradients dropped in between: what an epoch costs without its steps."""
+    """Forward and backward of each batch, gradients dropped in between: what an epoch costs without
+    its steps."""
     for x, y in batches:
         F.cross_entropy(model(x), y).backward()
         model.zero_grad(set_to_none=True)
@@ -158,7 +160,8 @@ def main() -> None:
     for name in options.models:
         rows.append(row(name, options.batches, options.repeats, options.loop))
         print(
-            "{model:24} {plain_ms_per_batch:8.0f} ms   ratio {ratio:.2f} [{ratio_min:.2f}, {ratio_max:.2f}]   "
+            "{model:24} {plain_ms_per_batch:8.0f} ms   ratio {ratio:.2f} "
+            "[{ratio_min:.2f}, {ratio_max:.2f}]   "
             "first {ratio_first:.2f}".format(**rows[-1]),
             flush=True,
         )

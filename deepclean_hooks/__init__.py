@@ -1,4 +1,5 @@
-"""Machine unlearning inside the training loop you already have: exact, held bit for bit, and measured.
+"""Machine unlearning inside the training loop you already have: exact, held bit for bit, and
+measured.
 
 import deepclean_hooks as deepclean
 """

@@ -18,7 +18,8 @@ Batch = Any  # what the user's loader yields
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The same batch with every tensor replaced; mappings come back as dict, everything else as it was."""
+    """The same batch with every tensor replaced; mappings come back as dict, everything else as it
+    was."""
     if isinstance(batch, Tensor):
         return change(batch)
     if isinstance(batch, Mapping):
@@ -43,7 +44,8 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
 
 
 def size(batch: Batch) -> int:
-    """N, the number of samples: the length of the labels if the batch has them, of its first tensor otherwise."""
+    """N, the number of samples: the length of the labels if the batch has them, of its first tensor
+    otherwise."""
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
         candidates = [batch["labels"]]
     elif isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
@@ -54,13 +56,15 @@ def size(batch: Batch) -> int:
         if tensor.dim():
             return int(tensor.shape[0])
     raise TypeError(
-        f"cannot tell how many samples a batch of type {type(batch).__name__} holds: it has no tensor with "
-        "a first dimension; yield (x, y) or a mapping with 'labels' from the loader (or its collate_fn)"
+        f"cannot tell how many samples a batch of type {type(batch).__name__} holds: it has no "
+        "tensor with a first dimension; yield (x, y) or a mapping with 'labels' from the loader "
+        "(or its collate_fn)"
     )
 
 
 def rows(batch: Batch, index: Tensor) -> Batch:
-    """The samples at `index` (a 1-D tensor of positions, repeats allowed) as a batch of the same form."""
+    """The samples at `index` (a 1-D tensor of positions, repeats allowed) as a batch of the same
+    form."""
     count = size(batch)
 
     def pick(tensor: Tensor) -> Tensor:
@@ -93,7 +97,8 @@ def to(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> 
 
 
 def sample_ids(batch: Batch) -> list[int]:
-    """One 64-bit fingerprint per sample, from the bits of its rows: equal exactly for equal content (BLAKE2b)."""
+    """One 64-bit fingerprint per sample, from the bits of its rows: equal exactly for equal content
+    (BLAKE2b)."""
     count = size(batch)
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(count)]
     for tensor in tensors(batch):

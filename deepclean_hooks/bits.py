@@ -1,4 +1,5 @@
-"""Tensors as bits: what must not move is compared bit for bit, so that -0.0, subnormals and NaN count too."""
+"""Tensors as bits: what must not move is compared bit for bit, so that -0.0, subnormals and NaN
+count too."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory read as signed integers of the same width: same shape and strides, writes go through."""
+    """The same memory read as signed integers of the same width: same shape and strides, writes go
+    through."""
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
@@ -24,7 +26,8 @@ def differing(one: Tensor, other: Tensor) -> Tensor:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The entries of a tensor in row-major order as raw bytes, on the CPU."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+    array = flat.view(torch.uint8).numpy()
+    return memoryview(array)  # type: ignore[arg-type]  # arrays are buffers
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -26,11 +26,13 @@ def dead_entries(
     *,
     batch_statistics: bool,
 ) -> dict[str, int]:
-    """How many entries of each mask have gradient exactly 0 in every one of the first batches of the retain set.
+    """How many entries of each mask have gradient exactly 0 in every one of the first batches of
+    the retain set.
 
-    A ReLU behind a channel whose scale and shift are 0 passes no gradient to anything before or after it, in this step
-    or any later one. `batch_statistics`: normalise as a training loop does that updates running statistics; with the
-    old ones a channel may look dead that the first training step wakes up. The model is left as it was.
+    A ReLU behind a channel whose scale and shift are 0 passes no gradient to anything before or
+    after it, in this step or any later one. `batch_statistics`: normalise as a training loop does
+    that updates running statistics; with the old ones a channel may look dead that the first
+    training step wakes up. The model is left as it was.
     """
     with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
         named = dict(inner.named_parameters())

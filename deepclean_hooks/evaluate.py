@@ -1,4 +1,5 @@
-"""What a model knows of the forget, retain and test sets, and the gap of each figure to a gold model.
+"""What a model knows of the forget, retain and test sets, and the gap of each figure to a gold
+model.
 
 N: samples of a set, C: classes.
 """
@@ -55,7 +56,8 @@ class Evaluation:
     gaps: dict[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, float]:
-        """Every figure by name: `forget.accuracy`, `forget.loss`, `forget.3.accuracy` (class 3), `membership.rate`."""
+        """Every figure by name: `forget.accuracy`, `forget.loss`, `forget.3.accuracy` (class 3),
+        `membership.rate`."""
         named: dict[str, float] = {}
         for name, scores in self.sets.items():
             named[f"{name}.accuracy"], named[f"{name}.loss"] = scores.accuracy, scores.loss
@@ -105,9 +107,9 @@ class Evaluation:
             return f"membership inference: not computed: {found.reason}"
         rate = self._with_gap("membership.rate", f"{found.rate:.2f} %", ".2f")
         return (
-            f"membership inference: {rate} of forget called members; feature: {found.feature}; attacker: "
-            f"{found.attacker}, fitted on {found.fitted_on}, right on {found.attacker_accuracy:.1f} % of these "
-            "(balanced)"
+            f"membership inference: {rate} of forget called members; feature: {found.feature}; "
+            f"attacker: {found.attacker}, fitted on {found.fitted_on}, right on "
+            f"{found.attacker_accuracy:.1f} % of these (balanced)"
         )
 
 
@@ -123,12 +125,14 @@ def evaluate(
     collate_fn: Any = None,
     membership: bool = True,
 ) -> Evaluation:
-    """Accuracy, loss and membership inference of a model on the sets given, each sample once over all ranks.
+    """Accuracy, loss and membership inference of a model on the sets given, each sample once over
+    all ranks.
 
-    `forget_test` is the part of the test data that resembles the forget set (a forgotten class, say); membership
-    inference needs forget, retain and test. `gold` is a model trained without the forget set, or its Evaluation on the
-    same sets. The model runs in eval mode, without autocast, half-precision weights as float32, and is left as it was.
-    Raises ValueError for no or an empty set, for outputs that are NaN, and for a gold Evaluation of other data.
+    `forget_test` is the part of the test data that resembles the forget set (a forgotten class,
+    say); membership inference needs forget, retain and test. `gold` is a model trained without the
+    forget set, or its Evaluation on the same sets. The model runs in eval mode, without autocast,
+    half-precision weights as float32, and is left as it was. Raises ValueError for no or an empty
+    set, for outputs that are NaN, and for a gold Evaluation of other data.
     """
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     sets = {
@@ -196,8 +200,8 @@ def _rows(model: nn.Module, batch: Batch, name: str) -> Tensor:
     bad = torch.isnan(log_p).any(dim=1)
     if bad.any():
         raise ValueError(
-            f"the model's output for sample {int(bad.nonzero()[0])} of a batch of {name} is NaN or infinite; "
-            "check the model's weights and the input for NaN or infinity"
+            f"the model's output for sample {int(bad.nonzero()[0])} of a batch of {name} is NaN or "
+            "infinite; check the model's weights and the input for NaN or infinity"
         )
     return torch.stack([labels.double(), (logits.argmax(1) == labels).double(), loss, entropy], 1)
 
@@ -237,8 +241,8 @@ def _require_same_data(gold: Evaluation, sets: Mapping[str, Samples]) -> None:
     missing = [name for name in sets if name not in gold.sets]
     if missing:
         raise ValueError(
-            f"the gold Evaluation has no figures for {', '.join(missing)}; evaluate gold on the same sets, or "
-            "pass the gold model itself"
+            f"the gold Evaluation has no figures for {', '.join(missing)}; evaluate gold on the "
+            "same sets, or pass the gold model itself"
         )
 
 
@@ -248,8 +252,8 @@ def _against(gold: Evaluation, result: Evaluation) -> Evaluation:
         theirs = {label: one.count for label, one in gold.sets[name].per_class.items()}
         if ours != theirs:
             raise ValueError(
-                f"the gold Evaluation is of another {name} set: samples by class {theirs}, here {ours}; pass the "
-                "gold model itself"
+                f"the gold Evaluation is of another {name} set: samples by class {theirs}, here "
+                f"{ours}; pass the gold model itself"
             )
     reference = gold.figures()
     gaps = {

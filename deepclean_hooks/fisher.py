@@ -1,6 +1,8 @@
-"""The exact empirical Fisher diagonal of a classifier: squares of each sample's own gradient, summed, never averaged.
+"""The exact empirical Fisher diagonal of a classifier: squares of each sample's own gradient,
+summed, never averaged.
 
-I_D(w_i) = (1/|D|) sum over (x, y) in D of (d log p(y | x, w) / d w_i)^2, with the data's own labels, in eval mode.
+I_D(w_i) = (1/|D|) sum over (x, y) in D of (d log p(y | x, w) / d w_i)^2, with the data's own
+labels, in eval mode.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ _FORMAT = "deepclean-hooks fisher diagonal 1"
 class FisherDiagonal:
     """Sums of squared per-sample gradients and how many samples they are of.
 
-    `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype; owned by this object.
-    `samples`: (count,) int64 on the CPU, sorted: one 64-bit fingerprint of each sample's content.
-    `settings`: how it was obtained (digest of the model, loss, estimator, dtypes, versions), compared by `+` and `-`.
+    `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype; owned by
+    this object. `samples`: (count,) int64 on the CPU, sorted: one 64-bit fingerprint of each
+    sample's content. `settings`: how it was obtained (digest of the model, loss, estimator, dtypes,
+    versions), compared by `+` and `-`.
     """
 
     sums: dict[str, Tensor]
@@ -70,19 +73,22 @@ class FisherDiagonal:
         foreign = sum(-n for n in left.values() if n < 0)
         if foreign:
             raise ValueError(
-                f"{foreign} of the {other.count} samples to take out are not among the {self.count} of this "
-                "diagonal; measure them from the same data set with the same preprocessing"
+                f"{foreign} of the {other.count} samples to take out are not among the "
+                f"{self.count} of this diagonal; measure them from the same data set with the same "
+                "preprocessing"
             )
         sums = {n: (total - other.sums[n]).clamp_min_(0) for n, total in self.sums.items()}
         samples = torch.tensor(sorted(left.elements()), dtype=torch.int64)
         return FisherDiagonal(sums, self.count - other.count, samples, self.settings)
 
     def restricted_to(self, names: Iterable[str]) -> FisherDiagonal:
-        """The same diagonal for these parameters only; raises ValueError for one that was not measured."""
+        """The same diagonal for these parameters only; raises ValueError for one that was not
+        measured."""
         missing = sorted(set(names) - self.sums.keys())
         if missing:
             raise ValueError(
-                f"the stored diagonal lacks {missing[:3]}; measure it without parameters=, which covers all"
+                f"the stored diagonal lacks {missing[:3]}; measure it without parameters=, which "
+                "covers all"
             )
         sums = {name: self.sums[name] for name in names}
         return FisherDiagonal(sums, self.count, self.samples, self.settings)
@@ -95,24 +101,26 @@ class FisherDiagonal:
         for key, what in (("model", "model weights"), ("loss", "loss"), ("estimator", "estimator")):
             if self.settings.get(key) != other.settings.get(key):
                 raise ValueError(
-                    f"the two diagonals are of different {what} ({_short(self.settings.get(key))} and "
-                    f"{_short(other.settings.get(key))}); measure both on the same model in the same way"
+                    f"the two diagonals are of different {what} ({_short(self.settings.get(key))} "
+                    f"and {_short(other.settings.get(key))}); measure both on the same model in "
+                    "the same way"
                 )
         missing = sorted(self.sums.keys() ^ other.sums.keys())
         if missing:
             raise ValueError(
-                f"the two diagonals cover different parameters, for instance {missing[:3]}; measure both with "
-                "the same parameters="
+                f"the two diagonals cover different parameters, for instance {missing[:3]}; "
+                "measure both with the same parameters="
             )
 
     def require_model(self, model: nn.Module) -> None:
-        """Raises ValueError if this diagonal was measured on other weights than the model now has."""
+        """Raises ValueError if this diagonal was measured on other weights than the model now
+        has."""
         found = bits.digest(state_tensors(unwrap(model)))
         if self.settings.get("model") != found:
             raise ValueError(
-                f"the stored diagonal belongs to the model {_short(self.settings.get('model'))}, this model is "
-                f"{_short(found)}: its weights or buffers differ; measure again, or load the weights that the "
-                "diagonal was measured on"
+                f"the stored diagonal belongs to the model {_short(self.settings.get('model'))}, "
+                f"this model is {_short(found)}: its weights or buffers differ; measure again, or "
+                "load the weights that the diagonal was measured on"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -141,10 +149,11 @@ class FisherDiagonal:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(
-                    f"{os.fspath(path)} is no stored Fisher diagonal (format {metadata.get('format')!r}); "
-                    "write one with FisherDiagonal.save"
+                    f"{os.fspath(path)} is no stored Fisher diagonal (format "
+                    f"{metadata.get('format')!r}); write one with FisherDiagonal.save"
                 )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+            keys = file.keys()  # safe_open is no mapping to iterate over
+            tensors = {key: file.get_tensor(key) for key in keys}
         samples = tensors.pop("samples").cpu()
         sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
         return cls(sums, int(metadata["count"]), samples, json.loads(metadata["settings"]))
@@ -168,15 +177,17 @@ def fisher_diagonal(
     name: str = "data",
     progress: bool = True,
 ) -> FisherDiagonal:
-    """The exact empirical Fisher diagonal of a model on a data set, each sample once over all ranks.
+    """The exact empirical Fisher diagonal of a model on a data set, each sample once over all
+    ranks.
 
-    `parameters(name, parameter)` says which trainable parameters to measure, all by default; `loss_fn` maps
-    (model, batch) to one negative log-likelihood per sample, cross-entropy by default; `accumulate` is the dtype of
-    the sums; `memory_budget` is in bytes, for per-sample gradients beyond a plain forward and backward. Weights in half
-    precision are measured through float32 copies. The model is left as it was, after an exception too.
+    `parameters(name, parameter)` says which trainable parameters to measure, all by default;
+    `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
+    default; `accumulate` is the dtype of the sums; `memory_budget` is in bytes, for per-sample
+    gradients beyond a plain forward and backward. Weights in half precision are measured through
+    float32 copies. The model is left as it was, after an exception too.
 
-    Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a NaN loss or
-    gradient, a model that mixes samples or has nothing to train.
+    Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a
+    NaN loss or gradient, a model that mixes samples or has nothing to train.
     """
     source = (
         data
@@ -235,7 +246,8 @@ class _Pass:
     def run(self, label: str | None) -> tuple[SquaredGradients, list[int]]:
         """The engine with its sums, and the fingerprints of this rank's samples.
 
-        Fails on all ranks together: a rank that stopped alone would leave the others waiting at the reduction.
+        Fails on all ranks together: a rank that stopped alone would leave the others waiting at the
+        reduction.
         """
         engine, ids = self._engine(), []
         failure: ValueError | TypeError | None = None
@@ -279,7 +291,8 @@ class _Pass:
                 engine.totals()
             except NonFiniteGradient as found:
                 return ValueError(
-                    f"{self.name}, batch {index}: {found}; check that batch's inputs and the model's weights"
+                    f"{self.name}, batch {index}: {found}; check that batch's inputs and the "
+                    "model's weights"
                 )
             if index >= last:
                 break

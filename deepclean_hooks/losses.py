@@ -28,13 +28,15 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Runs the model on a batch: logits (N, C) and labels (N,) as int64 class indices.
 
-    Raises TypeError for a batch or an output of unknown form, ValueError for labels that are no class indices.
+    Raises TypeError for a batch or an output of unknown form, ValueError for labels that are no
+    class indices.
     """
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise TypeError(
-                f"a batch that is a mapping needs the key 'labels', got the keys {sorted(map(str, batch))}; "
-                "rename the label column in the collate_fn, or pass loss_fn="
+                "a batch that is a mapping needs the key 'labels', got the keys "
+                f"{sorted(map(str, batch))}; rename the label column in the collate_fn, or pass "
+                "loss_fn="
             )
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
         labels = batch["labels"]
@@ -44,15 +46,16 @@ def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     else:
         length = f" of length {len(batch)}" if isinstance(batch, list | tuple) else ""
         raise TypeError(
-            f"a batch must be (x, y) or a mapping with 'labels', got {type(batch).__name__}{length}; "
-            "change the loader's collate_fn, or pass loss_fn="
+            "a batch must be (x, y) or a mapping with 'labels', got "
+            f"{type(batch).__name__}{length}; change the loader's collate_fn, or pass loss_fn="
         )
     logits = logits_of(output)
     return logits, class_indices(labels, logits)
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits in a model's output: a tensor, `.logits`, `["logits"]`, or the first of a tuple."""
+    """The logits in a model's output: a tensor, `.logits`, `["logits"]`, or the first of a
+    tuple."""
     logits = output
     if not isinstance(logits, Tensor):
         if isinstance(getattr(output, "logits", None), Tensor):
@@ -63,8 +66,8 @@ def logits_of(output: object) -> Tensor:
             logits = output[0]
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"the model returned {type(output).__name__}, in which no logits were found; return a tensor of "
-            "shape (N, C) or an object with .logits, or pass loss_fn="
+            f"the model returned {type(output).__name__}, in which no logits were found; return a "
+            "tensor of shape (N, C) or an object with .logits, or pass loss_fn="
         )
     return logits
 
@@ -73,16 +76,19 @@ def class_indices(labels: Tensor, logits: Tensor) -> Tensor:
     """The labels (N,) as int64, after a check that each is a class of the logits (N, C)."""
     if logits.dim() != 2:
         raise ValueError(
-            f"a classifier's logits have shape (N, C), got {tuple(logits.shape)}; pass loss_fn= for other heads"
+            f"a classifier's logits have shape (N, C), got {tuple(logits.shape)}; pass loss_fn= "
+            "for other heads"
         )
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"labels must be class indices (int64), got {kind}; for soft or one-hot labels pass loss_fn="
+            f"labels must be class indices (int64), got {kind}; for soft or one-hot labels pass "
+            "loss_fn="
         )
     if labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"labels must have shape {tuple(logits.shape[:1])}, one per sample, got {tuple(labels.shape)}"
+            f"labels must have shape {tuple(logits.shape[:1])}, one per sample, got "
+            f"{tuple(labels.shape)}"
         )
     if labels.numel():
         low, high = int(labels.min()), int(labels.max())
@@ -106,7 +112,8 @@ def per_sample(loss: object, count: int) -> Tensor:
         )
     if loss.dim() == 0:
         raise ValueError(
-            f"loss_fn returned a scalar for {count} samples; the exact Fisher needs one loss per sample: use "
+            f"loss_fn returned a scalar for {count} samples; the exact Fisher needs one loss per "
+            "sample: use "
             'reduction="none"'
         )
     if loss.shape != (count,):
@@ -117,7 +124,7 @@ def per_sample(loss: object, count: int) -> Tensor:
     if not finite.all():
         sample = int((~finite).nonzero()[0])
         raise ValueError(
-            f"the loss of sample {sample} of the batch is {float(loss.detach()[sample])}; check the input, the "
-            "label and the model's weights for NaN or infinity"
+            f"the loss of sample {sample} of the batch is {float(loss.detach()[sample])}; check "
+            "the input, the label and the model's weights for NaN or infinity"
         )
     return loss

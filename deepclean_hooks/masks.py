@@ -12,7 +12,8 @@ from deepclean_hooks.bits import bits, digest
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One bit an entry: name -> uint8 (ceil(entries / 8),) on the CPU; 1.3 MiB for an 11M-entry ResNet-18."""
+    """One bit an entry: name -> uint8 (ceil(entries / 8),) on the CPU; 1.3 MiB for an 11M-entry
+    ResNet-18."""
     return {
         name: torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy()))
         for name, mask in masks.items()
@@ -20,7 +21,8 @@ def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unpack(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The bool masks again, in the shapes and on the devices of `like`; raises ValueError where they do not fit."""
+    """The bool masks again, in the shapes and on the devices of `like`; raises ValueError where
+    they do not fit."""
     masks: dict[str, Tensor] = {}
     for name, stored in packed.items():
         if name not in like:
@@ -28,8 +30,8 @@ def unpack(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str
         tensor = like[name]
         if stored.numel() != -(-tensor.numel() // 8):
             raise ValueError(
-                f"the stored mask of {name} has {stored.numel()} bytes, which does not fit its shape "
-                f"{tuple(tensor.shape)}; load it into the model it was made for"
+                f"the stored mask of {name} has {stored.numel()} bytes, which does not fit its "
+                f"shape {tuple(tensor.shape)}; load it into the model it was made for"
             )
         flat = np.unpackbits(stored.cpu().numpy(), count=tensor.numel()).astype(bool)
         masks[name] = torch.from_numpy(flat).view(tensor.shape).to(tensor.device)

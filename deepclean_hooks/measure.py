@@ -34,8 +34,8 @@ DEFAULT_BATCH_SIZE = 64
 class Samples:
     """The distinct samples behind a loader or a data set, and how they become batches.
 
-    `indices` is None where only the loader knows them (an IterableDataset, or a loader without batching); the
-    loader is then walked as it is.
+    `indices` is None where only the loader knows them (an IterableDataset, or a loader without
+    batching); the loader is then walked as it is.
     """
 
     dataset: Any
@@ -46,7 +46,8 @@ class Samples:
     options: dict[str, Any] = field(default_factory=dict)
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches: every sample once, in index order, the last batch as short as it comes."""
+        """This rank's batches: every sample once, in index order, the last batch as short as it
+        comes."""
         if self.indices is None:
             yield from self.loader if self.loader is not None else ()
             return
@@ -57,13 +58,15 @@ class Samples:
                 batch_size=self.batch_size,
                 shuffle=False,
                 collate_fn=self.collate_fn,
-                # A generator of its own: iterating a DataLoader draws a seed from the global one otherwise.
+                # A generator of its own: iterating a DataLoader draws a seed from the global one
+                # otherwise.
                 generator=torch.Generator(),
                 **self.options,
             )
 
     def shuffled(self, seed: int) -> DataLoader[Any]:
-        """A loader over the same samples in random order, drawn from a generator of its own, for training."""
+        """A loader over the same samples in random order, drawn from a generator of its own, for
+        training."""
         if self.indices is None:
             raise ValueError(
                 "only samples with indices can be shuffled; pass a Dataset with a length"
@@ -92,9 +95,11 @@ class Samples:
 def samples(
     data: Data, *, name: str = "data", batch_size: int | None = None, collate_fn: Any = None
 ) -> Samples:
-    """The distinct samples of a DataLoader or a Dataset, whatever its order, shuffling or drop_last.
+    """The distinct samples of a DataLoader or a Dataset, whatever its order, shuffling or
+    drop_last.
 
-    Raises ValueError for an empty set and for a sampler that repeats samples, TypeError for anything else.
+    Raises ValueError for an empty set and for a sampler that repeats samples, TypeError for
+    anything else.
     """
     if isinstance(data, DataLoader):
         return _of_loader(data, name, batch_size, collate_fn)
@@ -108,8 +113,8 @@ def samples(
         size = batch_size or DEFAULT_BATCH_SIZE
         return Samples(data, tuple(range(len(data))), size, collate_fn)
     raise TypeError(
-        f"{name} must be a DataLoader or a Dataset with a length, got {type(data).__name__}; wrap it in a "
-        "torch.utils.data.DataLoader"
+        f"{name} must be a DataLoader or a Dataset with a length, got {type(data).__name__}; wrap "
+        "it in a torch.utils.data.DataLoader"
     )
 
 
@@ -117,13 +122,13 @@ def _of_loader(loader: DataLoader[Any], name: str, batch_size: int | None, colla
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
         if loader.drop_last:
             raise ValueError(
-                f"{name} is a loader over an IterableDataset with drop_last=True, which leaves samples out; "
-                "use drop_last=False"
+                f"{name} is a loader over an IterableDataset with drop_last=True, which leaves "
+                "samples out; use drop_last=False"
             )
         if ranks.world()[1] > 1:
             raise ValueError(
-                f"{name} is a loader whose samples have no indices, so {ranks.world()[1]} ranks cannot share "
-                "them each once; use a Dataset with a length"
+                f"{name} is a loader whose samples have no indices, so {ranks.world()[1]} ranks "
+                "cannot share them each once; use a Dataset with a length"
             )
         return Samples(loader.dataset, None, loader.batch_size or 1, None, loader)
     indices = tuple(_indices(loader, name))
@@ -170,8 +175,9 @@ def _indices(loader: DataLoader[Any], name: str) -> Iterator[int]:
     indices = [int(i) for i in drawn]
     if len(set(indices)) < len(indices):
         raise ValueError(
-            f"the sampler of {name} ({type(sampler).__name__}) repeats samples: {len(indices)} draws, "
-            f"{len(set(indices))} distinct; pass a Dataset, or a loader that shows each sample once"
+            f"the sampler of {name} ({type(sampler).__name__}) repeats samples: {len(indices)} "
+            f"draws, {len(set(indices))} distinct; pass a Dataset, or a loader that shows each "
+            "sample once"
         )
     yield from sorted(indices)
 
@@ -189,7 +195,8 @@ def _flatten(sampler: Sampler[Any]) -> Iterator[int]:
 
 
 def origin(source: Samples) -> tuple[int, set[int]] | None:
-    """(identity of the innermost data set, indices into it), or None where the samples have no indices."""
+    """(identity of the innermost data set, indices into it), or None where the samples have no
+    indices."""
     if source.indices is None:
         return None
     dataset, indices = source.dataset, list(source.indices)
@@ -221,8 +228,9 @@ def walk(
 ) -> Iterator[Batch]:
     """This rank's batches of a data set on `device`, every sample once over all ranks.
 
-    `dtype`, if given, is what floating-point tensors become; `progress` labels a bar that rank 0 shows on a
-    terminal. Samples are read in index order: order, shuffle, drop_last and padding of a loader have no effect.
+    `dtype`, if given, is what floating-point tensors become; `progress` labels a bar that rank 0
+    shows on a terminal. Samples are read in index order: order, shuffle, drop_last and padding of a
+    loader have no effect.
     """
     source = (
         data
@@ -257,18 +265,21 @@ def training(model: nn.Module) -> Iterator[None]:
 
 
 def drop_caches(model: nn.Module) -> None:
-    """Drops what modules keep of derived weights between eval passes, by way of `train()`; modes stay as they are."""
+    """Drops what modules keep of derived weights between eval passes, by way of `train()`; modes
+    stay as they are."""
     with training(model):
         pass
 
 
 @contextlib.contextmanager
 def no_trace(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the unwrapped model in eval mode, gradients on, autocast off, nothing compiled; then puts all back.
+    """Yields the unwrapped model in eval mode, gradients on, autocast off, nothing compiled; then
+    puts all back.
 
-    Put back, after an exception too: the train/eval mode of every module, requires_grad, buffers bit for bit,
-    caches that a module drops in `train()` (LeViT keeps its attention biases), the random state of the CPU and of
-    the model's GPU. `.grad` is never written in between because measuring uses `torch.autograd.grad`.
+    Put back, after an exception too: the train/eval mode of every module, requires_grad, buffers
+    bit for bit, caches that a module drops in `train()` (LeViT keeps its attention biases), the
+    random state of the CPU and of the model's GPU. `.grad` is never written in between because
+    measuring uses `torch.autograd.grad`.
     """
     inner = unwrap(model)
     modes = [(module, module.training) for module in inner.modules()]
@@ -281,7 +292,8 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device_of(inner).type, enabled=False))
-        # A compiled region is opaque to the interception of torch functions: 2 or more graphs, no parameters.
+        # A compiled region is opaque to the interception of torch functions: 2 or more graphs, no
+        # parameters.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             inner.train()  # drops caches of derived weights that an earlier eval pass left behind
@@ -302,9 +314,11 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def float32_weights(model: nn.Module) -> Iterator[torch.dtype | None]:
-    """Lets half-precision weights and buffers be float32 copies for a while; yields float32, or None if none was half.
+    """Lets half-precision weights and buffers be float32 copies for a while; yields float32, or
+    None if none was half.
 
-    In bfloat16 the Fisher's median relative error is 3.6 %, and 2 % of the entries change side at gamma 1.1 to 2.
+    In bfloat16 the Fisher's median relative error is 3.6 %, and 2 % of the entries change side at
+    gamma 1.1 to 2.
     """
     half = (torch.float16, torch.bfloat16)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype in half]
@@ -322,7 +336,8 @@ _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 
 def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where activation checkpointing is on (timm, transformers): it would run the forward again, unseen."""
+    """Where activation checkpointing is on (timm, transformers): it would run the forward again,
+    unseen."""
     return [
         (module, flag)
         for module in model.modules()
@@ -343,8 +358,10 @@ def warn_if_changing(source: Samples, name: str) -> bool:
     changing = changes_from_pass_to_pass(source)
     if changing:
         warnings.warn(
-            f"the samples of {name} change from pass to pass (a random transform): the measurement is of the "
-            "augmented samples of one pass, and another pass gives another one; use the test-time transform",
+            f"the samples of {name} change from pass to pass (a random transform): the measurement "
+            "is of the "
+            "augmented samples of one pass, and another pass gives another one; use the "
+            "test-time transform",
             UserWarning,
             stacklevel=3,
         )

@@ -1,7 +1,8 @@
-"""Membership inference in the style of DeepClean and SSD: does an attacker take the forgotten samples for members?
+"""Membership inference in the style of DeepClean and SSD: does an attacker take the forgotten
+samples for members?
 
-The paper names the attacker, a logistic regression, and not the feature it sees. Here, as in SSD's public code, that is
-the entropy of the softmax output, and the two classes of the fit are balanced.
+The paper names the attacker, a logistic regression, and not the feature it sees. Here, as in SSD's
+public code, that is the entropy of the softmax output, and the two classes of the fit are balanced.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ FEATURE = "entropy of the softmax output (natural logarithm), unscaled"
 ATTACKER = 'sklearn.linear_model.LogisticRegression(class_weight="balanced")'
 FITTED_ON = "retain (members) against test (non-members)"
 ORIENTATION = (
-    "per cent of the forget samples that the attacker calls members of the training set; forgetting brings it "
-    "towards the figure of a model trained without them, which need not be 0"
+    "per cent of the forget samples that the attacker calls members of the training set; "
+    "forgetting brings it towards the figure of a model trained without them, which need not be 0"
 )
 
 
 @dataclass(frozen=True)
 class Membership:
-    """What a membership attack says of the forget set, and how it was made; `reason` says why `rate` is None.
+    """What a membership attack says of the forget set, and how it was made; `reason` says why
+    `rate` is None.
 
-    `rate` is in per cent. `attacker_accuracy`: the balanced accuracy, in per cent, of the attacker on the samples it
-    was fitted on; near 50 it tells members from non-members no better than a coin, and `rate` means little.
+    `rate` is in per cent. `attacker_accuracy`: the balanced accuracy, in per cent, of the attacker
+    on the samples it was fitted on; near 50 it tells members from non-members no better than a
+    coin, and `rate` means little.
     """
 
     rate: float | None = None
@@ -38,7 +41,8 @@ class Membership:
 
 
 def entropy_attack(*, retain: Tensor, test: Tensor, forget: Tensor) -> Membership:
-    """Fits the attacker on the entropies (N,) of retain and test, and applies it to those of the forget set."""
+    """Fits the attacker on the entropies (N,) of retain and test, and applies it to those of the
+    forget set."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:

@@ -59,8 +59,8 @@ class StatisticsSnapshot:
 class EvalDuringForward:
     """Two forward hooks that evaluate a module in eval mode and then put its own flag back.
 
-    Per forward, because `model.train()` at the top of a user's loop undoes an `eval()` set once. A copy of
-    a hooked module (deepcopy, pickle) carries a copy of this object that is switched off.
+    Per forward, because `model.train()` at the top of a user's loop undoes an `eval()` set once. A
+    copy of a hooked module (deepcopy, pickle) carries a copy of this object that is switched off.
     """
 
     def __init__(self, on: bool = True) -> None:
@@ -83,6 +83,7 @@ class EvalDuringForward:
 
 
 def forget_compiled() -> None:
-    """Has compiled models compiled anew: graphs from before do not notice added or removed hooks."""
+    """Has compiled models compiled anew: graphs from before do not notice added or removed
+    hooks."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,4 +1,5 @@
-"""The same samples in the forget and the retain set: refused where it is known, counted where content tells."""
+"""The same samples in the forget and the retain set: refused where it is known, counted where
+content tells."""
 
 from __future__ import annotations
 
@@ -19,24 +20,26 @@ def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
     shared = sorted(forget[1] & retain[1])
     if shared:
         raise ValueError(
-            f"{len(shared)} samples stand in both the forget and the retain set, for instance the indices "
-            f"{shared[:3]}; leave the forget samples out of the retain set"
+            f"{len(shared)} samples stand in both the forget and the retain set, for instance the "
+            f"indices {shared[:3]}; leave the forget samples out of the retain set"
         )
 
 
 def shared_content(forget: FisherDiagonal, retain: FisherDiagonal) -> int:
-    """How many forget samples have a duplicate in the retain set; raises ValueError if all of them have."""
+    """How many forget samples have a duplicate in the retain set; raises ValueError if all of them
+    have."""
     shared = retain.contains(forget)
     if shared == forget.count:
         raise ValueError(
-            f"all {shared} forget samples stand in the retain set too; leave them out of it, or pass the stored "
-            "diagonal of the whole training set as retain="
+            f"all {shared} forget samples stand in the retain set too; leave them out of it, or "
+            "pass the stored diagonal of the whole training set as retain="
         )
     return shared
 
 
 def without(stored: FisherDiagonal, forget: FisherDiagonal) -> FisherDiagonal:
-    """The retain set's diagonal from a stored one: of the retain set as it is, or of the whole training set.
+    """The retain set's diagonal from a stored one: of the retain set as it is, or of the whole
+    training set.
 
     Raises ValueError if only some of the forget samples are in it, so that it is neither.
     """
@@ -46,7 +49,8 @@ def without(stored: FisherDiagonal, forget: FisherDiagonal) -> FisherDiagonal:
         return stored - forget
     if present:
         raise ValueError(
-            f"{present} of the {forget.count} forget samples are in the stored diagonal, so it is of neither the "
-            "retain set nor the whole training set; subtract those that are out already, or measure again"
+            f"{present} of the {forget.count} forget samples are in the stored diagonal, so it is "
+            "of neither the retain set nor the whole training set; subtract those that are out "
+            "already, or measure again"
         )
     return stored

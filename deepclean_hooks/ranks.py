@@ -1,4 +1,5 @@
-"""Everything that speaks torch.distributed: who we are, which samples are ours, sums over all ranks."""
+"""Everything that speaks torch.distributed: who we are, which samples are ours, sums over all
+ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def is_first() -> bool:
 def share(count: int) -> range:
     """The positions of this rank among `count` samples: rank, rank + world, ...
 
-    Not DistributedSampler: it repeats samples until the ranks are even, and a repeated sample counts twice.
+    Not DistributedSampler: it repeats samples until the ranks are even, and a repeated sample
+    counts twice.
     """
     rank, ranks = world()
     return range(rank, count, ranks)
@@ -50,16 +52,19 @@ def gather(value: T) -> list[T]:
 
 
 def require_agreement(what: str, value: str) -> None:
-    """Raises RuntimeError on every rank if the ranks hold different values; `what` names the thing compared."""
+    """Raises RuntimeError on every rank if the ranks hold different values; `what` names the thing
+    compared."""
     values = gather(value)
     if len(set(values)) > 1:
         raise RuntimeError(
-            f"{what} differs between ranks: {values}; give every rank the same model, data sets and settings"
+            f"{what} differs between ranks: {values}; give every rank the same model, data sets "
+            "and settings"
         )
 
 
 def barrier_device() -> torch.device:
-    """The device on which collectives of the default group work: CUDA under NCCL, otherwise the CPU."""
+    """The device on which collectives of the default group work: CUDA under NCCL, otherwise the
+    CPU."""
     if world()[1] > 1 and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -1,4 +1,5 @@
-"""What a person shows their auditor: what was measured, selected, changed, held and scored, and how."""
+"""What a person shows their auditor: what was measured, selected, changed, held and scored, and
+how."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Layer:
-    """One parameter: how many entries it has, how many were selected (reset), and how many of those are dead."""
+    """One parameter: how many entries it has, how many were selected (reset), and how many of those
+    are dead."""
 
     name: str
     entries: int
@@ -28,9 +30,9 @@ class Layer:
 class Report:
     """The account of one unlearning run; None where a phase has not happened yet.
 
-    Fractions are of 0 to 1: `selected_fraction` of all trainable entries, `dead_fraction` of the selected ones.
-    `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by phase. `scores`: `before` and
-    `after`, each an evaluation, or the reason why there is none.
+    Fractions are of 0 to 1: `selected_fraction` of all trainable entries, `dead_fraction` of the
+    selected ones. `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by
+    phase. `scores`: `before` and `after`, each an evaluation, or the reason why there is none.
     """
 
     method: str
@@ -88,8 +90,8 @@ class Report:
             return []
         lines = [
             f"  selected     {self.selected_entries} of {self.trainable_entries} trainable entries "
-            f"({self.selected_fraction:.2%}), where {self.criterion}; candidates {self.candidate_entries}; "
-            f"held back as rounding noise {self.held_back_entries}"
+            f"({self.selected_fraction:.2%}), where {self.criterion}; candidates "
+            f"{self.candidate_entries}; held back as rounding noise {self.held_back_entries}"
         ]
         if self.dead_fraction is not None:
             lines.append(f"  dead         {self.dead_fraction:.2%} of the selected entries")
@@ -98,7 +100,8 @@ class Report:
             if layer.selected:
                 share = layer.selected / layer.entries
                 lines.append(
-                    f"    {layer.name:{width}}  {layer.selected:>10} of {layer.entries:<10} {share:7.2%}"
+                    f"    {layer.name:{width}}  {layer.selected:>10} of {layer.entries:<10} "
+                    f"{share:7.2%}"
                 )
         return lines
 
@@ -106,8 +109,9 @@ class Report:
         if self.frozen_entries_moved is None:
             return []
         return [
-            f"  held         {self.frozen_entries_moved} frozen entries moved (compared bit for bit) in "
-            f"{self.optimizer_steps} optimizer steps; normalisation statistics: {self.norm_statistics}"
+            f"  held         {self.frozen_entries_moved} frozen entries moved (compared bit for "
+            f"bit) in {self.optimizer_steps} optimizer steps; normalisation statistics: "
+            f"{self.norm_statistics}"
         ]
 
     def _scores(self) -> list[str]:
@@ -130,7 +134,8 @@ class Report:
 
 
 def _score_line(score: dict[str, Any]) -> str:
-    """Accuracies and membership rate of an evaluation in one line, each with its gap to gold where there is one."""
+    """Accuracies and membership rate of an evaluation in one line, each with its gap to gold where
+    there is one."""
     gaps = score["gaps"]
 
     def told(name: str, figure: float, unit: str) -> str:

@@ -1,4 +1,5 @@
-"""A session walks a model through measure -> select -> reset -> guard -> finish, in that order, each once."""
+"""A session walks a model through measure -> select -> reset -> guard -> finish, in that order,
+each once."""
 
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ PHASES = ("new", "measured", "selected", "reset", "guarded", "finished")
 class Session:
     """One unlearning run of one model by one method; `report` can be read at any time.
 
-    `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by default.
-    `norm_statistics`: what your loop does to running statistics of normalisation layers: "update" (the default: it
-    refreshes them from the retain data) or "freeze" (they keep their bits, in eval mode). `test` and `gold`, if given,
-    are what the scores are computed on and compared with; `scores=False` leaves the two evaluations out, each a forward
-    pass over all sets. `batch_size` and `collate_fn` serve sets that are no loaders.
+    `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
+    default. `norm_statistics`: what your loop does to running statistics of normalisation layers:
+    "update" (the default: it refreshes them from the retain data) or "freeze" (they keep their
+    bits, in eval mode). `test` and `gold`, if given, are what the scores are computed on and
+    compared with; `scores=False` leaves the two evaluations out, each a forward pass over all sets.
+    `batch_size` and `collate_fn` serve sets that are no loaders.
     """
 
     def __init__(
@@ -50,7 +52,8 @@ class Session:
         collate_fn: Any = None,
         progress: bool = True,
     ) -> None:
-        """Raises TypeError or ValueError for bad settings, RuntimeError for a model that another session holds."""
+        """Raises TypeError or ValueError for bad settings, RuntimeError for a model that another
+        session holds."""
         if not isinstance(method, Method):
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
         require_choice(norm_statistics)
@@ -85,8 +88,8 @@ class Session:
     def measure(self, forget: Data, retain: Data | FisherDiagonal) -> Session:
         """Measures D_f and D_r; changes nothing.
 
-        `retain` may be a stored diagonal of this very model: of D_r, or of the whole training set, from which the
-        forget samples are then subtracted, so that only D_f is walked.
+        `retain` may be a stored diagonal of this very model: of D_r, or of the whole training set,
+        from which the forget samples are then subtracted, so that only D_f is walked.
         """
         self._expect("new", "measure")
         self._facts["model_before"] = bits.digest(state_tensors(unwrap(self.model)))
@@ -107,8 +110,8 @@ class Session:
         shared = overlap.shared_content(self._forget, self._retain)
         if shared:
             self._warn(
-                f"{shared} of the {self._forget.count} forget samples stand in the retain set with the same "
-                "content (duplicates in the data): what they taught will not be forgotten"
+                f"{shared} of the {self._forget.count} forget samples stand in the retain set with "
+                "the same content (duplicates in the data): what they taught will not be forgotten"
             )
         self._facts.update(
             forget_samples=self._forget.count,
@@ -173,8 +176,9 @@ class Session:
     def guard(self, *optimizers: Optimizer) -> Session:
         """Holds every entry but the free ones, whichever optimizer steps the model from now on.
 
-        Pass an optimizer that was stepped before the reset (or build it afterwards): its state for this model is
-        cleared, because momentum from before moves weights towards what was forgotten. After a resume nothing is.
+        Pass an optimizer that was stepped before the reset (or build it afterwards): its state for
+        this model is cleared, because momentum from before moves weights towards what was
+        forgotten. After a resume nothing is.
         """
         self._expect("reset", "guard")
         self._guard = Guard(
@@ -191,7 +195,8 @@ class Session:
     def finish(self) -> Report:
         """Counts what moved, lets go of the model and scores it; the report is complete.
 
-        Raises GuardError if a frozen entry moved or the optimizer could not be watched; the hooks are off by then.
+        Raises GuardError if a frozen entry moved or the optimizer could not be watched; the hooks
+        are off by then.
         """
         self._expect("guarded", "finish")
         assert self._guard is not None
@@ -234,14 +239,15 @@ class Session:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on after the reset, beside the model's and the optimizer's own state.
+        """What a run needs to go on after the reset, beside the model's and the optimizer's own
+        state.
 
         Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
         """
         if self._phase not in ("reset", "guarded"):
             raise RuntimeError(
-                f"a session can be stored between reset and finish, this one is {self._phase!r}; before the "
-                "reset nothing has happened that could not be done again"
+                f"a session can be stored between reset and finish, this one is {self._phase!r}; "
+                "before the reset nothing has happened that could not be done again"
             )
         return {
             "method": {"name": self.method.name, "settings": repr(self.method.settings())},
@@ -256,8 +262,9 @@ class Session:
     def load_state_dict(self, state: Mapping[str, Any]) -> Session:
         """Takes up a stored run: nothing is measured or reset again; `guard` is next.
 
-        Load the model's weights first: raises ValueError if a frozen entry differs from the stored run's, which
-        happens when a checkpoint was read only in part, or if the method is another one.
+        Load the model's weights first: raises ValueError if a frozen entry differs from the stored
+        run's, which happens when a checkpoint was read only in part, or if the method is another
+        one.
         """
         self._expect("new", "load_state_dict")
         own = {"name": self.method.name, "settings": repr(self.method.settings())}
@@ -267,8 +274,9 @@ class Session:
         found = masks.frozen_digest(self._parameters(), free)
         if found != state["facts"]["frozen_digest"]:
             raise ValueError(
-                "the model's frozen weights are not those of the stored run; load the checkpoint's weights "
-                "with strict=True before load_state_dict, and check that every name was found"
+                "the model's frozen weights are not those of the stored run; load the "
+                "checkpoint's weights with strict=True before load_state_dict, and check that "
+                "every name was found"
             )
         self._free, self._facts = free, dict(state["facts"])
         self._layers = {name: dict(values) for name, values in state["layers"].items()}
@@ -289,8 +297,8 @@ class Session:
     def _expect(self, phase: str, call: str) -> None:
         if self._phase != phase:
             raise RuntimeError(
-                f"{call}() needs a session that is {phase!r}, this one is {self._phase!r}; the order is "
-                "measure -> select -> reset -> guard -> your loop -> finish, each once"
+                f"{call}() needs a session that is {phase!r}, this one is {self._phase!r}; the "
+                "order is measure -> select -> reset -> guard -> your loop -> finish, each once"
             )
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -329,8 +337,8 @@ class Session:
         self._facts["dead_fraction"] = fraction
         if fraction > dead.WARN_ABOVE:
             self._warn(
-                f"{fraction:.1%} of the reset entries are dead: their gradient on the retain set is exactly 0, so "
-                f"no training brings them back; {self._way_out_of_dead()}"
+                f"{fraction:.1%} of the reset entries are dead: their gradient on the retain set "
+                f"is exactly 0, so no training brings them back; {self._way_out_of_dead()}"
             )
 
     def _way_out_of_dead(self) -> str:

@@ -17,10 +17,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def cifar10(data_dir: Path, *, limit: int | None = None) -> tuple[TensorDataset, TensorDataset]:
-    """Training and test images (N, 3, 32, 32), normalised, with labels; the first `limit` of each if given.
+    """Training and test images (N, 3, 32, 32), normalised, with labels; the first `limit` of each
+    if given.
 
-    `data_dir` holds a module `load.py` with a function cifar10(split), or is where torchvision keeps or puts its
-    download.
+    `data_dir` holds a module `load.py` with a function cifar10(split), or is where torchvision
+    keeps or puts its download.
     """
     if (data_dir / "load.py").exists():
         train, test = (_from_module(data_dir / "load.py", split) for split in ("train", "test"))
@@ -53,7 +54,8 @@ def _normalised(images: Tensor, labels: Tensor, limit: int | None) -> TensorData
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut without parameters: every other pixel, new channels 0."""
+    """Two 3 x 3 convolutions and a shortcut without parameters: every other pixel, new channels
+    0."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -71,7 +73,8 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet of depth 6n + 2 (He et al. 2016, section 4.2); 269,722 parameters at depth 20."""
+    """The CIFAR ResNet of depth 6n + 2 (He et al. 2016, section 4.2); 269,722 parameters at depth
+    20."""
 
     def __init__(self, depth: int = 20, widths: Sequence[int] = (16, 32, 64)) -> None:
         super().__init__()

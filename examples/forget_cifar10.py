@@ -3,10 +3,11 @@
     python examples/forget_cifar10.py --data-dir DATA --checkpoint resnet20.th
     python examples/forget_cifar10.py --data-dir DATA --checkpoint resnet20.th --scenario random
 
-DATA is where torchvision keeps CIFAR-10 (it is downloaded there if it is not), or a folder with a module load.py.
-The checkpoint is a state dict of this ResNet-20; without one a network is trained first (--train-epochs). Compares the
-original, the model right after the reset, DeepClean and plain fine-tuning under one recipe: Adam, cosine, no
-augmentation. With --gold a second checkpoint, trained without the forget set, gives the gaps.
+DATA is where torchvision keeps CIFAR-10 (it is downloaded there if it is not), or a folder with a
+module load.py. The checkpoint is a state dict of this ResNet-20; without one a network is trained
+first (--train-epochs). Compares the original, the model right after the reset, DeepClean and plain
+fine-tuning under one recipe: Adam, cosine, no augmentation. With --gold a second checkpoint,
+trained without the forget set, gives the gaps.
 """
 
 from __future__ import annotations

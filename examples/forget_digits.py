@@ -3,8 +3,8 @@
     python examples/forget_digits.py
 
 Needs no network and no GPU. Trains the model, and for each scenario a gold model that never saw the
-forgotten samples; compares both with the model right after the reset, with DeepClean, and with plain
-fine-tuning under the same recipe.
+forgotten samples; compares both with the model right after the reset, with DeepClean, and with
+plain fine-tuning under the same recipe.
 """
 
 from __future__ import annotations

@@ -31,15 +31,16 @@ COLUMNS = {
 }
 HOW_TO_READ = """\
 retain, forget, test, test of class: accuracy in %; members: % of the forget set that a membership
-attacker (logistic regression on the entropy of the output) calls training samples. selected, dead: %
-of the trainable weights that were reset, and of these the % that no training can bring back; moved:
+attacker (logistic regression on the entropy of the output) calls training samples. selected, dead:
+% of the trainable weights that were reset, and % of these that no training can bring back; moved:
 frozen weights that changed, counted bit by bit."""
 AGAINST_GOLD = "In brackets: minus the gold model, where 0 is the aim."
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What to forget, and the sets to judge that by; `forget_test` is the test data of the class."""
+    """What to forget, and the sets to judge that by; `forget_test` is the test data of the
+    class."""
 
     title: str
     gamma: float

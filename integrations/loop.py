@@ -34,12 +34,13 @@ def unlearning(
     progress: bool = True,
     resume: Mapping[str, Any] | None = None,
 ) -> Iterator[Session]:
-    """Measures, selects and resets on entry; holds the frozen entries while your loop runs; reports on exit.
+    """Measures, selects and resets on entry; holds the frozen entries while your loop runs; reports
+    on exit.
 
-    Whichever optimizer steps the model inside the block is held to the mask. Yields the session: `run.report`, and
-    `run.state_dict()` for a checkpoint. With `resume=` such a state (the model's weights loaded before) nothing is
-    measured or reset again. An exception in the block takes every hook off and goes on. The other arguments are those
-    of `Session` and `Session.measure`.
+    Whichever optimizer steps the model inside the block is held to the mask. Yields the session:
+    `run.report`, and `run.state_dict()` for a checkpoint. With `resume=` such a state (the model's
+    weights loaded before) nothing is measured or reset again. An exception in the block takes every
+    hook off and goes on. The other arguments are those of `Session` and `Session.measure`.
     """
     run = Session(
         model,

@@ -1,4 +1,5 @@
-"""The table of models that everything is tried on: real architectures at small size, and hand-made oddities."""
+"""The table of models that everything is tried on: real architectures at small size, and hand-made
+oddities."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Case:
     tokens: int = 0
 
     def model(self) -> nn.Module:
-        """The seeded model in eval mode, its normalisation and raw parameters away from their initial 0 and 1."""
+        """The seeded model in eval mode, its normalisation and raw parameters away from their
+        initial 0 and 1."""
         torch.manual_seed(0)
         model = self.build()
         unsettle(model)
@@ -56,7 +58,8 @@ def unsettle(model: nn.Module) -> None:
 
 
 class Tied(nn.Module):
-    """Tied weights, a module called three times, a raw parameter used twice, PReLU, a scalar scale."""
+    """Tied weights, a module called three times, a raw parameter used twice, PReLU, a scalar
+    scale."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +105,8 @@ class Parametrized(nn.Module):
 
 
 class Pooled(nn.Module):
-    """`body`, then a mean over everything but samples and channels, then a linear head; with extras on the way."""
+    """`body`, then a mean over everything but samples and channels, then a linear head; with extras
+    on the way."""
 
     def __init__(self, *body: nn.Module, channels: int) -> None:
         super().__init__()
@@ -113,7 +117,8 @@ class Pooled(nn.Module):
 
 
 class Unused(nn.Module):
-    """A parameter that the forward never reads, a frozen one, and an activation modified in place."""
+    """A parameter that the forward never reads, a frozen one, and an activation modified in
+    place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +139,8 @@ class Unused(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Embedded indices with a padding row, learned positions, a class token, attention in sequence-first order."""
+    """Embedded indices with a padding row, learned positions, a class token, attention in
+    sequence-first order."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -153,7 +159,8 @@ class Tokens(nn.Module):
 
 
 class Interleaved(nn.Module):
-    """Copies of a parameter for each sample by several routes, a matrix on the left, addmm, a scale per token."""
+    """Copies of a parameter for each sample by several routes, a matrix on the left, addmm, a scale
+    per token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +219,8 @@ class Recurrent(nn.Module):
 
 
 def convolutions() -> nn.Module:
-    """Grouped, dilated, depthwise, 'same', strided 1 x 1 and transposed two-dimensional convolutions, all norms."""
+    """Grouped, dilated, depthwise, 'same', strided 1 x 1 and transposed two-dimensional
+    convolutions, all norms."""
     return Pooled(
         nn.Conv2d(3, 8, 3, padding="same"),
         nn.BatchNorm2d(8),

@@ -1,4 +1,5 @@
-"""One thread a test process: the suite runs on two cores, and sums do not depend on how work is divided."""
+"""One thread a test process: the suite runs on two cores, and sums do not depend on how work is
+divided."""
 
 import torch
 

@@ -30,7 +30,8 @@ class Row:
 
 
 def build(row: Row, model: nn.Module) -> list[optim.Optimizer]:
-    """The row's optimizer on all parameters, with an AdamW beside it where it takes matrices only."""
+    """The row's optimizer on all parameters, with an AdamW beside it where it takes matrices
+    only."""
     parameters = list(model.parameters())
     if not row.matrices:
         return [row.make(parameters)]

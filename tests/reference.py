@@ -1,4 +1,5 @@
-"""The naive truth: one sample at a time, float64, plain autograd. Slow, and the definition of what is measured."""
+"""The naive truth: one sample at a time, float64, plain autograd. Slow, and the definition of what
+is measured."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ def logits_of(output):
 def squared_gradients(model: nn.Module, x: Tensor, y: Tensor, loss=None) -> dict[str, Tensor]:
     """sum over n of (d -log p(y_n | x_n) / d w)^2, by name, in float64; the model is not touched.
 
-    Each sample is shown twice and the first read: BatchNorm's backward on the CPU is wrong for a batch of one with
-    channels-last gradients.
+    Each sample is shown twice and the first read: BatchNorm's backward on the CPU is wrong for a
+    batch of one with channels-last gradients.
     """
     truth = copy.deepcopy(model).double().eval()
     named = {n: p for n, p in truth.named_parameters() if p.requires_grad}
@@ -39,8 +40,8 @@ def squared_gradients(model: nn.Module, x: Tensor, y: Tensor, loss=None) -> dict
 def relative_error(ours: dict[str, Tensor], truth: dict[str, Tensor], zero: float = 1e-20) -> float:
     """The largest |ours - truth| over a tensor's largest entry; names must match.
 
-    A tensor that is mathematically zero (an attention key bias) is compared with `zero` times the model's largest
-    entry instead: both hold rounding noise only.
+    A tensor that is mathematically zero (an attention key bias) is compared with `zero` times the
+    model's largest entry instead: both hold rounding noise only.
     """
     assert ours.keys() == truth.keys()
     largest = max(float(t.max()) for t in truth.values())

@@ -1,4 +1,5 @@
-"""DeepClean's selection and reset: by product, by the stated parameters, pure, and honest about noise."""
+"""DeepClean's selection and reset: by product, by the stated parameters, pure, and honest about
+noise."""
 
 from fractions import Fraction
 
@@ -30,7 +31,8 @@ def diagonal(sums: list[float], count: int = 1, computed: str = "float64") -> Fi
     st.integers(1, 50),
 )
 def test_selects_by_product(pairs: list[tuple[float, float]], gamma: float, n: int, m: int) -> None:
-    """Fails if the comparison divides, adds an epsilon, or forgets that sums are of n and m samples."""
+    """Fails if the comparison divides, adds an epsilon, or forgets that sums are of n and m
+    samples."""
     forget = diagonal([2e-12 * max(f for f, _ in pairs) + f if f else 0.0 for f, _ in pairs], n)
     retain = diagonal([r for _, r in pairs], m)
     mask = DeepClean(gamma=gamma).select(forget, retain).masks["w"][0]
@@ -63,7 +65,8 @@ def selectable(method: DeepClean) -> set[str]:
 
 
 def test_which_parameters_may_be_selected() -> None:
-    """Fails if norm affine or biases are selected by default, or a pattern or predicate is ignored."""
+    """Fails if norm affine or biases are selected by default, or a pattern or predicate is
+    ignored."""
     names = {n for n, _ in CASES["torchvision resnet18"].model().named_parameters()}
     matrices = selectable(DeepClean())
     assert matrices
@@ -101,7 +104,8 @@ def test_rounding_noise_is_not_selected() -> None:
 
 
 def test_noise_floor_is_where_it_is_stated() -> None:
-    """Fails if the floor is not (8 eps)^2 of the tensor's largest entry, in the precision of the gradients."""
+    """Fails if the floor is not (8 eps)^2 of the tensor's largest entry, in the precision of the
+    gradients."""
     floor = (NOISE_IN_EPS * torch.finfo(torch.float32).eps) ** 2
     noise = rounding_noise(diagonal([1.0, 0.9 * floor, 1.1 * floor, 0.0], computed="float32"))
     assert noise["w"].tolist() == [[False, True, False, True]]

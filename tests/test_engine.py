@@ -1,4 +1,5 @@
-"""The traps around per-sample gradients: batches of one, mixing models, wrong rules, memory, wrappers."""
+"""The traps around per-sample gradients: batches of one, mixing models, wrong rules, memory,
+wrappers."""
 
 import copy
 import gc
@@ -23,7 +24,8 @@ def double(name: str, n: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ["timm levit", "timm xcit", "convolutions"])
 def test_last_batch_of_one(name: str) -> None:
-    """Fails if a batch of one reaches PyTorch's BatchNorm backward, which is off by 100 % there (LeViT, XCiT)."""
+    """Fails if a batch of one reaches PyTorch's BatchNorm backward, which is off by 100 % there
+    (LeViT, XCiT)."""
     model, x, y = double(name)
     truth = squared_gradients(model, x, y)
     found = fisher_diagonal(model, TensorDataset(x, y), batch_size=4)
@@ -54,7 +56,8 @@ def test_small_memory_budget_changes_nothing() -> None:
 
 
 def test_memory_budget_bounds_per_sample_gradients() -> None:
-    """Fails if the engine holds the per-sample gradients of a whole batch at once although the budget says two."""
+    """Fails if the engine holds the per-sample gradients of a whole batch at once although the
+    budget says two."""
     model = Tied().double().eval()
     parameters = dict(model.named_parameters())
     sizes: list[int] = []
@@ -72,7 +75,8 @@ def test_memory_budget_bounds_per_sample_gradients() -> None:
 
 
 def test_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if the self-check does not compare every parameter: here linear weights come out 5 % too large."""
+    """Fails if the self-check does not compare every parameter: here linear weights come out 5 %
+    too large."""
     model, x, y = double("torchvision vit (nn.MultiheadAttention)")
     truth = squared_gradients(model, x, y)
     right = Linear.per_sample
@@ -124,7 +128,8 @@ def test_operations_that_depend_on_the_data() -> None:
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_model_that_mixes_samples_is_refused(affine: bool) -> None:
-    """Fails if batch statistics in eval mode pass unnoticed: then no sample has a gradient of its own."""
+    """Fails if batch statistics in eval mode pass unnoticed: then no sample has a gradient of its
+    own."""
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4, track_running_stats=False, affine=affine),
@@ -158,7 +163,8 @@ def test_activation_overwritten_after_use_goes_to_the_loop_or_raises() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
-    """Fails if half-precision weights are measured in half precision: their median error is 3.6 %."""
+    """Fails if half-precision weights are measured in half precision: their median error is 3.6
+    %."""
     model, (x, y) = CASES["timm vit_tiny"].model().to(dtype), CASES["timm vit_tiny"].batch(5)
     before = {n: p.data_ptr() for n, p in model.named_parameters()}
     found = fisher_diagonal(model, TensorDataset(x.to(dtype), y))
@@ -181,7 +187,8 @@ def test_compiled_model() -> None:
 
 
 def test_activation_checkpointing() -> None:
-    """Fails if a recomputed forward escapes the interception, or if checkpointing stays switched off."""
+    """Fails if a recomputed forward escapes the interception, or if checkpointing stays switched
+    off."""
     model, x, y = double("timm vit_tiny")
     truth = squared_gradients(model, x, y)
     model.set_grad_checkpointing(True)
@@ -192,7 +199,8 @@ def test_activation_checkpointing() -> None:
 
 
 def test_stale_cache_of_derived_weights() -> None:
-    """Fails if biases that LeViT cached in an earlier eval pass hide their parameters (gradient 0)."""
+    """Fails if biases that LeViT cached in an earlier eval pass hide their parameters (gradient
+    0)."""
     model, x, y = double("timm levit", 3)
     truth = squared_gradients(model, x, y)
     with torch.no_grad():
@@ -227,7 +235,8 @@ def test_cuda(name: str, layout: torch.memory_format) -> None:
 
 
 class Routed(nn.Module):
-    """One of two experts, by the sign of the batch's mean: the same operations on other parameters."""
+    """One of two experts, by the sign of the batch's mean: the same operations on other
+    parameters."""
 
     def __init__(self) -> None:
         super().__init__()

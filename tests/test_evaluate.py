@@ -1,4 +1,5 @@
-"""Evaluation against scikit-learn and numpy on stored logits, and the properties of membership inference.
+"""Evaluation against scikit-learn and numpy on stored logits, and the properties of membership
+inference.
 
 N: samples, C: classes.
 """
@@ -71,7 +72,8 @@ def test_accuracy_and_loss_agree_with_sklearn_on_uneven_batches() -> None:
 
 
 def test_per_class_figures_agree_with_numpy() -> None:
-    """Fails if a class is divided by the size of the set, or a class that does not occur is listed."""
+    """Fails if a class is divided by the size of the set, or a class that does not occur is
+    listed."""
     model, data = classifier(), samples(40, seed=2)
     keep = (data.tensors[1] != 3).nonzero().flatten().tolist()
     logits, labels = stored_logits(model, data)[keep], data.tensors[1].numpy()[keep]
@@ -158,7 +160,8 @@ def joined(*parts: TensorDataset) -> TensorDataset:
 
 
 def test_attacker_finds_a_memorised_forget_set_and_no_unseen_one() -> None:
-    """Fails if the orientation is turned round, or members and non-members are swapped in the fit."""
+    """Fails if the orientation is turned round, or members and non-members are swapped in the
+    fit."""
     torch.manual_seed(0)
     forget, retain, test = samples(80, 7), samples(300, 8), samples(200, 9)
     unseen = samples(200, 10)
@@ -176,7 +179,8 @@ def test_attacker_finds_a_memorised_forget_set_and_no_unseen_one() -> None:
 
 
 def test_membership_agrees_with_sklearn_on_stored_logits() -> None:
-    """Fails if the feature is not the entropy, the classes are not balanced, or the scale is changed."""
+    """Fails if the feature is not the entropy, the classes are not balanced, or the scale is
+    changed."""
     model = classifier()
     sets = {"forget": samples(50, 11), "retain": samples(90, 12), "test": samples(40, 13)}
     p = {name: softmax(stored_logits(model, data)) for name, data in sets.items()}
@@ -284,7 +288,8 @@ def test_two_ranks_count_each_sample_once(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_an_evaluation() -> None:
-    """Fails if it leaves eval mode, a gradient, a hook, moved statistics or a spent random number."""
+    """Fails if it leaves eval mode, a gradient, a hook, moved statistics or a spent random
+    number."""
     model = classifier()
     model[1].eval()
     modes = [module.training for module in model.modules()]

@@ -17,7 +17,8 @@ LOOPED = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_sample_at_a_time(name: str) -> None:
-    """Fails if any rule, layout, pull-back or fallback is wrong, or if a parameter silently leaves the fast path."""
+    """Fails if any rule, layout, pull-back or fallback is wrong, or if a parameter silently leaves
+    the fast path."""
     case = CASES[name]
     model, (x, y) = case.model(), case.batch(7)
     truth = squared_gradients(model, x, y)

@@ -12,7 +12,8 @@ ROWS = ["original", "gold", "zeroed only", "DeepClean", "fine-tune"]
 
 
 def test_forget_digits_forgets(tmp_path: Path) -> None:
-    """Fails if the example does not run on a fresh install, a row is missing, or nothing is forgotten."""
+    """Fails if the example does not run on a fresh install, a row is missing, or nothing is
+    forgotten."""
     written = tmp_path / "rows.json"
     command = ["examples/forget_digits.py", "--epochs", "3", "--tune", "1", "--json", str(written)]
     code = (

@@ -1,4 +1,5 @@
-"""FisherDiagonal: each sample once, additive, stored whole, and errors that name thing, value and way out."""
+"""FisherDiagonal: each sample once, additive, stored whole, and errors that name thing, value and
+way out."""
 
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def test_each_sample_once(name: str) -> None:
 
 
 def test_batch_mean_is_another_number() -> None:
-    """The opposite: squares of batch means do change with the batch size, so the invariance above says something."""
+    """The opposite: squares of batch means do change with the batch size, so the invariance above
+    says something."""
     model, (x, y) = network().eval(), samples().tensors
 
     def batch_mean(size: int) -> Tensor:
@@ -110,7 +112,8 @@ def test_custom_loss() -> None:
 
 
 def test_mapping_batches() -> None:
-    """Fails if Hugging Face batches (a mapping in, .logits out) are counted otherwise than (x, y)."""
+    """Fails if Hugging Face batches (a mapping in, .logits out) are counted otherwise than (x,
+    y)."""
 
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -130,7 +133,8 @@ def test_mapping_batches() -> None:
 
 
 def test_parameters_predicate_and_frozen_parameters() -> None:
-    """Fails if an unwanted or frozen parameter is measured, or if leaving it out changes the others."""
+    """Fails if an unwanted or frozen parameter is measured, or if leaving it out changes the
+    others."""
     model, data = network(), samples()
     every = fisher_diagonal(model, data)
     matrices = fisher_diagonal(model, data, parameters=lambda name, p: p.dim() > 1)
@@ -298,7 +302,8 @@ class Empty(IterableDataset):
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str) -> None:
-    """Fails if bad data is measured, or refused without naming thing, value and way out, or after a change."""
+    """Fails if bad data is measured, or refused without naming thing, value and way out, or after a
+    change."""
     data, options, error, text = BAD[name]
     model = network()
     before = {n: t.clone() for n, t in model.state_dict().items()}

@@ -1,4 +1,5 @@
-"""The guard: frozen entries keep their bits under any optimizer and loop, free ones train as they would alone."""
+"""The guard: frozen entries keep their bits under any optimizer and loop, free ones train as they
+would alone."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def data(n: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def plant(model: nn.Module, share: float = 0.3) -> Masks:
-    """Free entries of every parameter but the last, which is wholly frozen; -0.0, a subnormal, +0.0 frozen in each."""
+    """Free entries of every parameter but the last, which is wholly frozen; -0.0, a subnormal, +0.0
+    frozen in each."""
     generator = torch.Generator().manual_seed(1)
     free = {}
     for name, parameter in model.named_parameters():
@@ -96,7 +98,8 @@ def loss_of(model: nn.Module) -> Tensor:
 def steps(
     row: Row, model: nn.Module, opts: list[optim.Optimizer], count: int, clip: float | None = None
 ) -> None:
-    """`count` training steps with the optimizers of a row, and a switch to eval and back at the end."""
+    """`count` training steps with the optimizers of a row, and a switch to eval and back at the
+    end."""
 
     def closure() -> Tensor:
         for optimizer in opts:
@@ -136,7 +139,8 @@ def rows() -> pytest.MarkDecorator:
 @rows()
 @pytest.mark.parametrize("kind", ["fresh", "carried", "clipped"])
 def test_frozen_bits_hold_after_every_step(row: Row, kind: str) -> None:
-    """Fails if a step of any optimizer, or its mode switch, leaves a frozen entry moved; 8 steps pass Lookahead's 6."""
+    """Fails if a step of any optimizer, or its mode switch, leaves a frozen entry moved; 8 steps
+    pass Lookahead's 6."""
     model = small()
     free, then = plant(model), snapshot(model)
     opts = build(row, model)
@@ -175,7 +179,8 @@ def test_cleared_state_trains_as_a_fresh_optimizer(row: Row) -> None:
 
 
 def test_state_is_kept_for_a_resumed_run() -> None:
-    """Fails if clear_optimizer_state=False deletes momentum, or if clearing touches another model's."""
+    """Fails if clear_optimizer_state=False deletes momentum, or if clearing touches another
+    model's."""
     model, other = small(), nn.Linear(2, 2)
     free = plant(model)
     optimizer = optim.AdamW([*model.parameters(), *other.parameters()], lr=1e-2)
@@ -199,7 +204,8 @@ def test_state_is_kept_for_a_resumed_run() -> None:
 def test_free_entries_train_as_if_alone(
     make: Callable[..., optim.Optimizer], clip: float | None
 ) -> None:
-    """Fails if frozen gradients reach the clipping norm, or decay or momentum leak into free entries.
+    """Fails if frozen gradients reach the clipping norm, or decay or momentum leak into free
+    entries.
 
     The other route: only the free entries exist, as one 1-D parameter for each tensor.
     """
@@ -400,7 +406,8 @@ SITUATIONS = [
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_frozen_bits_hold_in_every_situation(situation: Callable[[nn.Module], None]) -> None:
-    """Fails if a way of training gets past the hooks; each moves frozen entries without the guard."""
+    """Fails if a way of training gets past the hooks; each moves frozen entries without the
+    guard."""
     loose = small()
     free, then = plant(loose), snapshot(loose)
     situation(loose)
@@ -426,7 +433,8 @@ def test_inductor_holds() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_hold(dtype: torch.dtype) -> None:
-    """Fails if bits are read with the wrong width, or -0.0 and subnormals are lost in a half type."""
+    """Fails if bits are read with the wrong width, or -0.0 and subnormals are lost in a half
+    type."""
     model = small().to(dtype)
     free, then = plant(model), snapshot(model)
     with Guard(model, free) as guard:
@@ -440,7 +448,8 @@ def test_other_dtypes_hold(dtype: torch.dtype) -> None:
 
 
 def test_infinity_in_frozen_gradients_stays_out_of_the_step() -> None:
-    """Fails if gradients are multiplied with the mask: inf * 0 is NaN, and GradScaler skips the step."""
+    """Fails if gradients are multiplied with the mask: inf * 0 is NaN, and GradScaler skips the
+    step."""
     model = nn.Linear(2, 1, bias=False)
     free = {"weight": torch.tensor([[False, True]])}
     optimizer = optim.SGD(model.parameters(), lr=0.1)
@@ -477,7 +486,8 @@ def test_tied_weights_are_held_once() -> None:
 
 
 def test_gradients_from_before_are_masked() -> None:
-    """Fails if a gradient left by an earlier backward reaches the optimizer (1.7e-2 was measured)."""
+    """Fails if a gradient left by an earlier backward reaches the optimizer (1.7e-2 was
+    measured)."""
     model = small()
     free = plant(model)
     loss_of(model).backward()
@@ -490,7 +500,8 @@ def test_gradients_from_before_are_masked() -> None:
 
 
 def test_sparse_gradients_are_masked() -> None:
-    """Fails if the gradient of nn.Embedding(sparse=True) is taken for a strided one, or is not masked."""
+    """Fails if the gradient of nn.Embedding(sparse=True) is taken for a strided one, or is not
+    masked."""
     model = nn.Embedding(6, 3, sparse=True)
     free, then = {"weight": torch.rand(6, 3) < 0.5}, snapshot(model)
     free["weight"][2] = torch.tensor([True, False, True])
@@ -528,11 +539,13 @@ def test_a_parameter_that_is_a_view_with_gaps_holds() -> None:
     assert changed(model, then, free, frozen=False) == int(free["weight"].sum())
 
 
-# ---------------------------------------------------------------------------- optimizers around optimizers
+# ---------------------------------------------------------------------------- optimizers around
+# optimizers
 
 
 class Sam(optim.Optimizer):
-    """Sharpness-aware minimisation as it is usually written: a hooked optimizer that steps another."""
+    """Sharpness-aware minimisation as it is usually written: a hooked optimizer that steps
+    another."""
 
     def __init__(self, params: list[nn.Parameter]) -> None:
         self.base = optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-2)
@@ -565,7 +578,8 @@ def test_sam_counts_one_step() -> None:
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_schedule_free_wrapper(passed: bool) -> None:
-    """Fails if state in use is cleared in mid-step (KeyError: 'z'), or the write after the inner step stays.
+    """Fails if state in use is cleared in mid-step (KeyError: 'z'), or the write after the inner
+    step stays.
 
     Found only inside its first step, that one step's write is put back by the second.
     """
@@ -586,7 +600,8 @@ def test_schedule_free_wrapper(passed: bool) -> None:
 
 
 def test_accelerated_optimizer_is_unwrapped() -> None:
-    """Fails if what Accelerate's prepare() returns is not cleared, or its own step is counted too."""
+    """Fails if what Accelerate's prepare() returns is not cleared, or its own step is counted
+    too."""
     accelerate = pytest.importorskip("accelerate")
     model = small()
     free, then = plant(model), snapshot(model)
@@ -621,7 +636,8 @@ def test_coupling_is_said_once() -> None:
 
 
 def test_replaced_parameter_is_detected() -> None:
-    """Fails if a parameter set anew by setattr trains past the guard in silence (4.0e-3 was measured)."""
+    """Fails if a parameter set anew by setattr trains past the guard in silence (4.0e-3 was
+    measured)."""
     model = small()
     free = plant(model)
     with Guard(model, free) as guard:
@@ -633,7 +649,8 @@ def test_replaced_parameter_is_detected() -> None:
 
 
 def test_step_on_the_instance_is_detected_and_followed_when_passed() -> None:
-    """Fails if an optimizer that the hooks cannot see moves entries in silence, or the way out does not work."""
+    """Fails if an optimizer that the hooks cannot see moves entries in silence, or the way out does
+    not work."""
     for passed in (False, True):
         model = small()
         free = plant(model)
@@ -699,7 +716,8 @@ def test_masks_that_do_not_fit_are_refused(free: Masks, said: str) -> None:
 
 
 def test_unknown_policy_and_width_are_refused() -> None:
-    """Fails if a misspelt policy means 'update', or a 16-byte dtype fails only at the first step."""
+    """Fails if a misspelt policy means 'update', or a 16-byte dtype fails only at the first
+    step."""
     with pytest.raises(ValueError, match=r"\('update', 'freeze'\), got 'frozen'"):
         Guard(small(), {}, norm_statistics="frozen")
     with pytest.raises(ValueError, match=r"weight: torch\.complex128"):
@@ -728,7 +746,8 @@ def hooks_on(model: nn.Module) -> list[object]:
 
 
 def test_release_and_exceptions_leave_no_hook() -> None:
-    """Fails if an exception, KeyboardInterrupt included, or a second release leaves a hook or a wrapped method."""
+    """Fails if an exception, KeyboardInterrupt included, or a second release leaves a hook or a
+    wrapped method."""
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     before, globally = hooks_on(model), hooks_of_torch()
@@ -766,7 +785,8 @@ def test_failure_while_being_set_leaves_no_hook() -> None:
 
 
 def test_forgotten_guard_releases_itself() -> None:
-    """Fails if a hook keeps its guard alive, or a dead guard's ids overwrite new parameters (15 of 30 were)."""
+    """Fails if a hook keeps its guard alive, or a dead guard's ids overwrite new parameters (15 of
+    30 were)."""
     model = small()
     free, before = plant(model), hooks_on(model)
     guard = Guard(model, free)
@@ -788,7 +808,8 @@ def test_forgotten_guard_releases_itself() -> None:
 
 
 def test_wholly_free_and_untrainable_parameters() -> None:
-    """Fails if a free tensor is held, or one with requires_grad=False is not when an optimizer decays it."""
+    """Fails if a free tensor is held, or one with requires_grad=False is not when an optimizer
+    decays it."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     free = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model[1].named_parameters("1")}
@@ -814,7 +835,8 @@ def normed() -> nn.Sequential:
 
 @pytest.mark.parametrize("compile_it", [False, True])
 def test_norm_statistics_freeze_and_update(compile_it: bool) -> None:
-    """Fails if model.train() wakes a frozen norm, or a graph compiled before the guard or in it outlives it."""
+    """Fails if model.train() wakes a frozen norm, or a graph compiled before the guard or in it
+    outlives it."""
     for policy in ("update", "freeze"):
         model = normed()
         run = torch.compile(model, backend="aot_eager") if compile_it else model
@@ -837,7 +859,8 @@ def test_norm_statistics_freeze_and_update(compile_it: bool) -> None:
 
 
 def test_norm_statistics_written_otherwise_are_counted() -> None:
-    """Fails if moved() looks at parameters only, or a forward that raises leaves a norm in eval mode."""
+    """Fails if moved() looks at parameters only, or a forward that raises leaves a norm in eval
+    mode."""
     model = normed()
     with Guard(model, {}, norm_statistics="freeze") as guard:
         with pytest.raises(RuntimeError):
@@ -850,7 +873,8 @@ def test_norm_statistics_written_otherwise_are_counted() -> None:
 
 
 def test_copies_of_a_frozen_norm_are_free() -> None:
-    """Fails if a model copied or saved inside the guard cannot be pickled, or stays frozen for ever."""
+    """Fails if a model copied or saved inside the guard cannot be pickled, or stays frozen for
+    ever."""
     model = normed()
     with Guard(model, {}, norm_statistics="freeze"):
         stored = io.BytesIO()
@@ -870,7 +894,8 @@ def test_copies_of_a_frozen_norm_are_free() -> None:
 
 
 def test_sharded_parameters_hold(tmp_path: object) -> None:
-    """Fails if a DTensor is read as a plain tensor, or FSDP2's unsharded root looks like a replaced parameter."""
+    """Fails if a DTensor is read as a plain tensor, or FSDP2's unsharded root looks like a replaced
+    parameter."""
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -903,7 +928,8 @@ def test_sharded_parameters_hold(tmp_path: object) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_cuda_holds(dtype: torch.dtype) -> None:
-    """Fails if the CUDA path, which widens masks inside its kernels, writes other bits than the CPU's."""
+    """Fails if the CUDA path, which widens masks inside its kernels, writes other bits than the
+    CPU's."""
     model = small().to("cuda", dtype, memory_format=torch.channels_last)
     free = plant(model)
     then = snapshot(model)

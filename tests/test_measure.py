@@ -58,7 +58,8 @@ def prepared(name: str) -> tuple[nn.Module, TensorDataset]:
 )
 @pytest.mark.parametrize("measuring", [fisher_diagonal, lambda m, d: evaluate(m, test=d)])
 def test_no_trace(name: str, measuring) -> None:
-    """Fails if a mode, a buffer, a gradient, a hook, an attribute or a random number is left changed."""
+    """Fails if a mode, a buffer, a gradient, a hook, an attribute or a random number is left
+    changed."""
     model, data = prepared(name)
     before = trace(model)
     with torch.no_grad():

@@ -50,7 +50,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
-    """Fails if adapters become a top-level package or get lost, or tests and examples are shipped."""
+    """Fails if adapters become a top-level package or get lost, or tests and examples are
+    shipped."""
     names = zipfile.ZipFile(wheel).namelist()
     expected = {
         f"{PACKAGE}/{path.relative_to(ROOT / PACKAGE).as_posix()}"
@@ -78,7 +79,8 @@ def test_wheel_imports_on_its_own(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_metadata_names_version_licence_and_extras(wheel: Path) -> None:
-    """Fails if an extra that the documentation names is gone, or the version drifts from the code's."""
+    """Fails if an extra that the documentation names is gone, or the version drifts from the
+    code's."""
     archive = zipfile.ZipFile(wheel)
     path = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     lines = archive.read(path).decode().splitlines()

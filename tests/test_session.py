@@ -1,4 +1,5 @@
-"""The session's phases: in order, each once; reset touches W_f alone; the frozen rest keeps its bits; resume."""
+"""The session's phases: in order, each once; reset touches W_f alone; the frozen rest keeps its
+bits; resume."""
 
 import copy
 import json
@@ -20,7 +21,8 @@ GAMMA = 1.1
 
 
 def network() -> nn.Module:
-    """A small convolutional network with BatchNorm, seeded, with -0.0 and a subnormal planted in each tensor."""
+    """A small convolutional network with BatchNorm, seeded, with -0.0 and a subnormal planted in
+    each tensor."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
@@ -73,7 +75,8 @@ def hooks() -> int:
 
 
 def test_the_whole_way() -> None:
-    """Fails if a phase changes what it may not: select anything, reset a frozen bit, training a frozen bit."""
+    """Fails if a phase changes what it may not: select anything, reset a frozen bit, training a
+    frozen bit."""
     model = network()
     original = state(model)
     run = session(model).measure(FORGET, RETAIN)
@@ -245,7 +248,8 @@ def test_nested_sessions_are_refused_before_anything_changes() -> None:
 
 
 def test_overridden_step_is_an_error() -> None:
-    """Fails if an optimizer that the hooks cannot see trains frozen weights and the run ends well."""
+    """Fails if an optimizer that the hooks cannot see trains frozen weights and the run ends
+    well."""
     model = network()
     optimizer = adamw(model)
     step = (
@@ -264,7 +268,8 @@ def test_overridden_step_is_an_error() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_resume_ends_where_the_uninterrupted_run_ends(steps: int, tmp_path: Path) -> None:
-    """Fails if a resumed run measures or resets again, or forgets the mask: then the bits differ."""
+    """Fails if a resumed run measures or resets again, or forgets the mask: then the bits
+    differ."""
     method = deepclean.DeepClean(gamma=GAMMA)
     sets = {"forget": FORGET, "retain": RETAIN, "method": method, "scores": False}
     whole = network()
@@ -336,7 +341,8 @@ def test_the_same_samples_in_both_sets() -> None:
 
 
 def test_stored_diagonal_instead_of_the_retain_set() -> None:
-    """Fails if a stored diagonal of D or of D_r gives another mask than measuring D_r, or a foreign one is taken."""
+    """Fails if a stored diagonal of D or of D_r gives another mask than measuring D_r, or a foreign
+    one is taken."""
     model = network()
     direct = session(model).measure(FORGET, RETAIN)
     direct.select()
@@ -389,7 +395,8 @@ def test_nothing_selected_is_warned_of() -> None:
 
 
 def test_bad_settings_are_refused_at_once() -> None:
-    """Fails if a wrong method, an unknown policy or a frozen model is found out after the measurement."""
+    """Fails if a wrong method, an unknown policy or a frozen model is found out after the
+    measurement."""
     with pytest.raises(TypeError, match="method must be a method such as"):
         deepclean.Session(network(), "deepclean")
     with pytest.raises(ValueError, match="norm_statistics must be one of"):
@@ -416,7 +423,8 @@ def test_norm_statistics_policy() -> None:
 
 
 def test_unlearn_trains_and_leaves_modes() -> None:
-    """Fails if the recipe leaves the model in train mode, trains frozen weights, or takes 0 epochs."""
+    """Fails if the recipe leaves the model in train mode, trains frozen weights, or takes 0
+    epochs."""
     model = network().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -431,7 +439,8 @@ def test_unlearn_trains_and_leaves_modes() -> None:
 
 
 def test_custom_loss_without_logits() -> None:
-    """Fails if batches of a form that only loss_fn knows cannot be unlearned, or if scores fail silently."""
+    """Fails if batches of a form that only loss_fn knows cannot be unlearned, or if scores fail
+    silently."""
 
     def loss_fn(model: nn.Module, batch: list[Tensor]) -> Tensor:
         x, y, weight = batch

@@ -1,7 +1,8 @@
-"""DeepClean: reset the weights that the forget set needs more than the retain set does, and fine-tune them alone.
+"""DeepClean: reset the weights that the forget set needs more than the retain set does, and
+fine-tune them alone.
 
-Shi, Ghalyan, Gourgoulias, Buford, Moran: "DeepClean: Machine Unlearning on the Cheap by Resetting Privacy Sensitive
-Weights using the Fisher Diagonal".
+Shi, Ghalyan, Gourgoulias, Buford, Moran: "DeepClean: Machine Unlearning on the Cheap by Resetting
+Privacy Sensitive Weights using the Fisher Diagonal".
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from deepclean_hooks.fisher import FisherDiagonal
 from deepclean_hooks.methods.method import Mask, Method, Selection
 
-# An entry whose true gradient is 0 (an attention key bias: softmax does not see a shift) holds the rounding of terms
-# that cancel: about eps of their size, eps^2 when squared. 8 eps leaves room for the terms of one sum.
+# An entry whose true gradient is 0 (an attention key bias: softmax does not see a shift) holds the
+# rounding of terms that cancel: about eps of their size, eps^2 when squared. 8 eps leaves room for
+# the terms of one sum.
 NOISE_IN_EPS = 8.0
 
 Parameters = str | tuple[str, ...] | Callable[[str, nn.Parameter], bool]
@@ -28,11 +30,12 @@ Parameters = str | tuple[str, ...] | Callable[[str, nn.Parameter], bool]
 class DeepClean(Method):
     """W_f = {w : I_Df(w) > gamma * I_Dr(w)} becomes 0 and alone may train afterwards.
 
-    `gamma`: 2.0 for a class, 1.1 for random samples (the paper's values). By product, so 0/0 stays, x/0 is selected and
-    a tie stays. `one_dimensional`: whether norm scales, norm shifts and biases may be selected too, the paper's literal
-    reading: a channel whose BatchNorm scale and shift are both 0 gets gradient 0 behind a ReLU for ever (51 % of W_f
-    dead on a CIFAR-10 ResNet-20, class 0, gamma 2; 0 % without). `parameters`: which parameters may be selected, a
-    name pattern as in a shell (`"layer4.*"`), several, or a predicate of (name, parameter); all by default.
+    `gamma`: 2.0 for a class, 1.1 for random samples (the paper's values). By product, so 0/0 stays,
+    x/0 is selected and a tie stays. `one_dimensional`: whether norm scales, norm shifts and biases
+    may be selected too, the paper's literal reading: a channel whose BatchNorm scale and shift are
+    both 0 gets gradient 0 behind a ReLU for ever (51 % of W_f dead on a CIFAR-10 ResNet-20, class
+    0, gamma 2; 0 % without). `parameters`: which parameters may be selected, a name pattern as in a
+    shell (`"layer4.*"`), several, or a predicate of (name, parameter); all by default.
     """
 
     gamma: float = 2.0
@@ -45,8 +48,8 @@ class DeepClean(Method):
         number = isinstance(self.gamma, int | float) and not isinstance(self.gamma, bool)
         if not number or not math.isfinite(self.gamma) or self.gamma <= 0:
             raise ValueError(
-                f"gamma must be a positive number, got {self.gamma!r}; the paper uses 2.0 for a class and 1.1 "
-                "for random samples"
+                f"gamma must be a positive number, got {self.gamma!r}; the paper uses 2.0 for a "
+                "class and 1.1 for random samples"
             )
 
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
@@ -61,7 +64,8 @@ class DeepClean(Method):
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
     def select(self, forget: FisherDiagonal, retain: FisherDiagonal) -> Selection:
-        """The entries with I_Df > gamma * I_Dr that are not mere rounding noise on the forget side."""
+        """The entries with I_Df > gamma * I_Dr that are not mere rounding noise on the forget
+        side."""
         above = exceeds(forget, retain, self.gamma)
         noise = rounding_noise(forget)
         held = {name: int((mask & noise[name]).sum()) for name, mask in above.items()}
@@ -90,7 +94,8 @@ class DeepClean(Method):
 
 def exceeds(one: FisherDiagonal, other: FisherDiagonal, factor: float) -> Mask:
     """True where I_one > factor * I_other, compared by product: no division, no epsilon."""
-    # S/n > factor * T/m  <=>  S * m > factor * T * n: one rounding fewer, and counts are exact in float64.
+    # S/n > factor * T/m  <=>  S * m > factor * T * n: one rounding fewer, and counts are exact in
+    # float64.
     return {
         name: total * other.count > factor * other.sums[name] * one.count
         for name, total in one.sums.items()
@@ -98,9 +103,11 @@ def exceeds(one: FisherDiagonal, other: FisherDiagonal, factor: float) -> Mask:
 
 
 def rounding_noise(diagonal: FisherDiagonal) -> Mask:
-    """True where an entry is at most (8 eps)^2 of its tensor's largest, or its tensor of the model's largest.
+    """True where an entry is at most (8 eps)^2 of its tensor's largest, or its tensor of the
+    model's largest.
 
-    eps is that of the precision the gradients were computed in: 1.2e-7 in float32, so the floor is 9.1e-13.
+    eps is that of the precision the gradients were computed in: 1.2e-7 in float32, so the floor is
+    9.1e-13.
     """
     computed = getattr(torch, diagonal.settings.get("computed", "float32"))
     floor = (NOISE_IN_EPS * torch.finfo(computed).eps) ** 2

@@ -1,4 +1,5 @@
-"""What a method is: which entries change, to what, and which may train afterwards. Pure functions of tensors."""
+"""What a method is: which entries change, to what, and which may train afterwards. Pure functions
+of tensors."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ Mask = dict[str, Tensor]
 class Selection:
     """The entries that a method picked, W_f, and what it has to say about the others.
 
-    `candidates`: entries that could have been picked; `held_back`: entries that the criterion picked but that hold only
-    rounding noise; `criterion`: in words, for the report.
+    `candidates`: entries that could have been picked; `held_back`: entries that the criterion
+    picked but that hold only rounding noise; `criterion`: in words, for the report.
     """
 
     masks: Mask

@@ -1,7 +1,9 @@
-"""Sums of squares over many batches: a float32 scratch that is flushed into the precision asked for.
+"""Sums of squares over many batches: a float32 scratch that is flushed into the precision asked
+for.
 
-A float64 addition for every batch costs a pass over 12 bytes an entry; a short float32 sum loses at most a few units
-in the last place (5.8e-7 over 47 batches, measured), so it is flushed every FLUSH_EVERY batches.
+A float64 addition for every batch costs a pass over 12 bytes an entry; a short float32 sum loses at
+most a few units in the last place (5.8e-7 over 47 batches, measured), so it is flushed every
+FLUSH_EVERY batches.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def mark(value: object) -> None:
 
 
 def kind(value: object) -> int:
-    """DATA, PARAMETER (a tensor that requires gradients and does not depend on the data), BOTH or NEITHER."""
+    """DATA, PARAMETER (a tensor that requires gradients and does not depend on the data), BOTH or
+    NEITHER."""
     if isinstance(value, Tensor):
         if getattr(value, _MARK, False):
             return DATA
@@ -115,7 +116,8 @@ class Call:
 
     @classmethod
     def cut(cls, value: T) -> T:
-        """The value with its parameter-side tensors detached, so that autograd computes nothing for them."""
+        """The value with its parameter-side tensors detached, so that autograd computes nothing for
+        them."""
         cut: T = cls._replace(value, lambda t: t.detach())
         return cut
 

@@ -1,8 +1,9 @@
 """Sums of squared per-sample gradients from one forward and one backward of a batch.
 
-The parameter side of every operation is cut, so autograd computes no ordinary weight gradient; a rule for each
-operation turns its saved input and its output gradient into the sum of squares, at the cost of the gradient it
-replaces. Exact: (d loss_n / d w)^2 for each sample n of its own, then summed.
+The parameter side of every operation is cut, so autograd computes no ordinary weight gradient; a
+rule for each operation turns its saved input and its output gradient into the sum of squares, at
+the cost of the gradient it replaces. Exact: (d loss_n / d w)^2 for each sample n of its own, then
+summed.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ class NonFiniteGradient(ValueError):
 
 
 class SquaredGradients:
-    """Adds up the squared per-sample gradients of `parameters` of a model in eval mode, batch by batch.
+    """Adds up the squared per-sample gradients of `parameters` of a model in eval mode, batch by
+    batch.
 
-    `memory_budget`: bytes for per-sample gradients beyond a plain forward and backward; where tied or derived
-    parameters need more, a batch is taken in pieces. The model must be the unwrapped one, inside `measure.no_trace`.
+    `memory_budget`: bytes for per-sample gradients beyond a plain forward and backward; where tied
+    or derived parameters need more, a batch is taken in pieces. The model must be the unwrapped
+    one, inside `measure.no_trace`.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class SquaredGradients:
     def add(self, batch: Batch) -> None:
         """Adds the squared gradients of every sample of a batch.
 
-        Raises ValueError for a bad loss, label or batch, NonFiniteGradient (within 16 batches) for a bad gradient.
+        Raises ValueError for a bad loss, label or batch, NonFiniteGradient (within 16 batches) for
+        a bad gradient.
         """
         plan = self.plan_for(batch)
         most = max(1, self.memory_budget // max(1, plan.bytes_per_sample))
@@ -89,7 +93,8 @@ class SquaredGradients:
                 raise NonFiniteGradient(name)
 
     def plan_for(self, batch: Batch) -> Plan:
-        """The plan for batches of this form: made, and checked against the one-sample loop, at its first sight."""
+        """The plan for batches of this form: made, and checked against the one-sample loop, at its
+        first sight."""
         form = tuple((t.shape[1:], t.dtype) for t in batches.tensors(batch))
         if form not in self._plans:
             self._plans[form] = self._make_plan(batch)
@@ -128,7 +133,8 @@ class SquaredGradients:
         plan.demote(probe.disagreements(trial.totals(), truth))
 
     def _forward(self, batch: Batch, plan: Plan) -> tuple[ServedPass, Tensor]:
-        """A served forward pass of the batch: the pass with its uses, and the loss of each sample."""
+        """A served forward pass of the batch: the pass with its uses, and the loss of each
+        sample."""
         count = batches.size(batch)
         forward = ServedPass(count, plan.seen, self._anchor, self._ignore)
         marked = probe.marked(batch)
@@ -144,7 +150,8 @@ class SquaredGradients:
     def _add(self, batch: Batch, plan: Plan, sums: Sums, loops: bool = True) -> None:
         count = batches.size(batch)
         if count == 1:
-            # Padded with its own copy, whose loss is left out: see loop.squared_gradients for the reason.
+            # Padded with its own copy, whose loss is left out: see loop.squared_gradients for the
+            # reason.
             batch = batches.rows(batch, torch.tensor([0, 0]))
         looped = {n: self.parameters[n] for n in plan.loop} if loops else {}
         if len(plan.loop) < len(self.parameters):
@@ -163,7 +170,8 @@ class SquaredGradients:
                 sums.add(name, squares)
 
     def _require_same_operands(self, forward: ServedPass, plan: Plan) -> None:
-        """Raises ModelChanged where another parameter stands than in the probe: an expert chosen by the data."""
+        """Raises ModelChanged where another parameter stands than in the probe: an expert chosen by
+        the data."""
         for use in forward.uses:
             for name, operand in use.rule.operands.items():
                 expected = plan.sources.get((use.index, name))

@@ -1,6 +1,8 @@
-"""The forward passes under interception: two that find out where the samples lie, one that serves the rules.
+"""The forward passes under interception: two that find out where the samples lie, one that serves
+the rules.
 
-A meeting is an operation in which data meets parameters; meetings are numbered in the order of the forward.
+A meeting is an operation in which data meets parameters; meetings are numbered in the order of the
+forward.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class ModelChanged(Exception):
 
 @dataclass
 class Meetings:
-    """What the probe saw: for each meeting its function and the layouts its rule asked for, in order."""
+    """What the probe saw: for each meeting its function and the layouts its rule asked for, in
+    order."""
 
     functions: list[Callable[..., Any]] = field(default_factory=list)
     layouts: list[list[Layout | None]] = field(default_factory=list)
@@ -51,7 +54,8 @@ class Pass(Forward):
 
     @abstractmethod
     def expanded(self, call: Call) -> Any:
-        """Runs an `expand`, `repeat` or the like of a parameter, which may copy it for each sample."""
+        """Runs an `expand`, `repeat` or the like of a parameter, which may copy it for each
+        sample."""
 
 
 class _Probing(Pass):
@@ -65,7 +69,8 @@ class _Probing(Pass):
 
 
 class ShapePass(_Probing):
-    """Notes the shapes of expanded parameters; run with two batch sizes, it shows which dimension is the batch."""
+    """Notes the shapes of expanded parameters; run with two batch sizes, it shows which dimension
+    is the batch."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
@@ -132,7 +137,8 @@ def _fill(tensor: Tensor, layout: Layout, n: int) -> None:
 
 
 def _copied(operand: Tensor, copies: Tensor, n: int, layout: Layout) -> Rule:
-    """The rule for a parameter copied for each sample: a broadcast if it is one, else the copies hold the samples."""
+    """The rule for a parameter copied for each sample: a broadcast if it is one, else the copies
+    hold the samples."""
     own = (1,) * (copies.dim() - operand.dim()) + tuple(operand.shape)
     if all(p in (1, q) for p, q in zip(own, copies.shape, strict=True)):
         return Broadcast(operand, n, layout)
@@ -140,7 +146,8 @@ def _copied(operand: Tensor, copies: Tensor, n: int, layout: Layout) -> Rule:
 
 
 class _TapOperand(torch.autograd.Function):
-    """Gives a detached operand a gradient, and hands that gradient on; nothing is accumulated anywhere."""
+    """Gives a detached operand a gradient, and hands that gradient on; nothing is accumulated
+    anywhere."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor, receive: Any) -> Tensor:
@@ -154,7 +161,8 @@ class _TapOperand(torch.autograd.Function):
 
 
 class _TapOutput(torch.autograd.Function):
-    """Gives an output without a graph (the first layer's) a gradient; no copy, and safe before an in-place step."""
+    """Gives an output without a graph (the first layer's) a gradient; no copy, and safe before an
+    in-place step."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, anchor: Tensor, receive: Any) -> Tensor:
@@ -177,7 +185,8 @@ class Use:
 
 
 class ServedPass(Pass):
-    """The pass that counts: every meeting is cut, and `receive(use, grad)` gets each output's gradient."""
+    """The pass that counts: every meeting is cut, and `receive(use, grad)` gets each output's
+    gradient."""
 
     def __init__(
         self, n: int, seen: Meetings, anchor: Tensor, receive: Callable[[Use, Tensor], None]

@@ -1,7 +1,8 @@
-"""Sees every torch function of a forward pass and hands those in which data meets parameters to the rules.
+"""Sees every torch function of a forward pass and hands those in which data meets parameters to the
+rules.
 
-A TorchFunctionMode, not module hooks: of 34 architectures 27 have parameters that no module hook reaches (raw
-parameters, position tables, fused or functional projections).
+A TorchFunctionMode, not module hooks: of 34 architectures 27 have parameters that no module hook
+reaches (raw parameters, position tables, fused or functional projections).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from deepclean_hooks.persample.forwards import Pass
 from deepclean_hooks.persample.layout import Unserved
 from deepclean_hooks.persample.rules import HANDLERS
 
-# They read a shape, a dtype or a device of one side; no gradient passes between data and parameters.
+# They read a shape, a dtype or a device of one side; no gradient passes between data and
+# parameters.
 _SHAPE_ONLY = {
     Tensor.type_as,
     Tensor.expand_as,
@@ -47,7 +49,8 @@ _EXPANSIONS = {
 def _entered(function: Any) -> Callable[..., Any]:
     """A copy of a composite of torch.nn.functional whose inner calls are seen.
 
-    The original hands itself to the mode again as long as one is active, so its copy is told that none is.
+    The original hands itself to the mode again as long as one is active, so its copy is told that
+    none is.
     """
     names = {**function.__globals__}
     for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):

@@ -1,7 +1,8 @@
 """Where the samples of a batch lie in a tensor, found with a NaN.
 
-N: samples. Sequence-first attention and windowed attention fold the batch into other dimensions, so "dimension 0"
-is a guess. The probe fills one sample of the batch with NaN: wherever it comes out is where that sample lies.
+N: samples. Sequence-first attention and windowed attention fold the batch into other dimensions, so
+"dimension 0" is a guess. The probe fills one sample of the batch with NaN: wherever it comes out is
+where that sample lies.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ MARKED = 1  # the sample filled with NaN: neither the first nor the last, so an 
 
 
 class Unserved(Exception):
-    """An operation that no rule can serve, with the reason: its parameters go to the one-sample loop."""
+    """An operation that no rule can serve, with the reason: its parameters go to the one-sample
+    loop."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Layout:
 
 
 def find(probed: Tensor, n: int = PROBE_SAMPLES) -> Layout | None:
-    """The layout of a tensor that came from a batch whose sample MARKED is NaN; None if it shows none.
+    """The layout of a tensor that came from a batch whose sample MARKED is NaN; None if it shows
+    none.
 
     The NaNs may fill a part of that sample only (a class token, padding), but no other sample.
     """
@@ -85,7 +88,8 @@ def _divisors(number: int) -> list[int]:
 
 
 def unbroadcast(grad: Tensor, shape: Sequence[int], layout: Layout, n: int) -> Tensor:
-    """The gradient of each sample, (N, *shape), of an operand of `shape` that was broadcast to `grad.shape`."""
+    """The gradient of each sample, (N, *shape), of an operand of `shape` that was broadcast to
+    `grad.shape`."""
     own = (1,) * (grad.dim() - len(shape)) + tuple(shape)
     opened = layout.separated(grad, n)  # (..., outer, N, inner, ...)
     inner = opened.shape[layout.dim + 2]

@@ -15,10 +15,11 @@ from deepclean_hooks.losses import LossFn
 def squared_gradients(
     model: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn, batch: Batch
 ) -> dict[str, Tensor]:
-    """The sum over the batch of each sample's squared gradient, by name, in the parameter's shape and dtype.
+    """The sum over the batch of each sample's squared gradient, by name, in the parameter's shape
+    and dtype.
 
-    The sample is shown twice and one of the two is read: PyTorch's BatchNorm backward on the CPU is wrong for a batch
-    of one with channels-last gradients (100 % off on LeViT and XCiT).
+    The sample is shown twice and one of the two is read: PyTorch's BatchNorm backward on the CPU is
+    wrong for a batch of one with channels-last gradients (100 % off on LeViT and XCiT).
     """
     total = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     for i in range(batches.size(batch)):
@@ -26,7 +27,8 @@ def squared_gradients(
         loss = losses.per_sample(loss_fn(model, twice), 2)[0]
         if not loss.requires_grad:
             break  # no parameter reaches the loss: every gradient is 0
-        # retain_graph: a model may keep a derived tensor, and its graph, from one forward to the next (LeViT).
+        # retain_graph: a model may keep a derived tensor, and its graph, from one forward to the
+        # next (LeViT).
         gradients = torch.autograd.grad(
             loss, list(parameters.values()), allow_unused=True, retain_graph=True
         )

@@ -1,7 +1,8 @@
-"""S[o, d] = sum over n of (sum over t of G[n, t, o] X[n, t, d])^2: the squared weight gradient of every sample.
+"""S[o, d] = sum over n of (sum over t of G[n, t, o] X[n, t, d])^2: the squared weight gradient of
+every sample.
 
-N: samples, T: positions, O: outputs, D: inputs. Which way is fastest depends on T and O * D only; the figures are
-ratios to the ordinary weight gradient G^T X, one thread, float32.
+N: samples, T: positions, O: outputs, D: inputs. Which way is fastest depends on T and O * D only;
+the figures are ratios to the ordinary weight gradient G^T X, one thread, float32.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ TILE_BYTES = 300_000  # of the result, so that a tile stays in the second-level 
 class Product:
     """A sum of squares still to be multiplied out: left (N, O) and right (N, D) give left^T right.
 
-    Exact for one position: (g x)^2 = g^2 x^2, so sum over n of (g_n x_n^T)^2 = (G^2)^T (X^2). Kept as factors it can
-    wait for other batches and be multiplied once: on a 100M-entry head 0.90 times a backward instead of 2.08.
+    Exact for one position: (g x)^2 = g^2 x^2, so sum over n of (g_n x_n^T)^2 = (G^2)^T (X^2). Kept
+    as factors it can wait for other batches and be multiplied once: on a 100M-entry head 0.90 times
+    a backward instead of 2.08.
     """
 
     left: Tensor
@@ -82,7 +84,8 @@ def _one_by_one(grad: Tensor, data: Tensor) -> Tensor:
 
 
 def _tiled(grad: Tensor, data: Tensor) -> Tensor:
-    """All samples over one tile of the result after the other: for results larger than the cache."""
+    """All samples over one tile of the result after the other: for results larger than the
+    cache."""
     outputs, inputs = grad.shape[2], data.shape[2]
     total = grad.new_zeros(inputs, outputs)
     step = max(16, min(inputs, TILE_BYTES // (grad.element_size() * outputs)))

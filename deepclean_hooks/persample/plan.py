@@ -1,10 +1,11 @@
-"""Which way each parameter's gradient is squared: at once, pulled back per sample first, or one sample at a time.
+"""Which way each parameter's gradient is squared: at once, pulled back per sample first, or one
+sample at a time.
 
-fast: the only way from the parameter p to the operands w' is a selection of entries (identity, view, permute, chunk),
-    each entry selected at most once: then sum g_w'^2 goes back through the selection as it is.
-pulled: weight standardisation, parametrisations, bias tables, tied weights, repeated modules: the per-sample gradient
-    of w' goes back through w' = f(p), is summed over the uses, THEN squared.
-loop: no rule, or the self-check failed.
+fast: the only way from the parameter p to the operands w' is a selection of entries (identity,
+view, permute, chunk), each entry selected at most once: then sum g_w'^2 goes back through the
+selection as it is. pulled: weight standardisation, parametrisations, bias tables, tied weights,
+repeated modules: the per-sample gradient of w' goes back through w' = f(p), is summed over the
+uses, THEN squared. loop: no rule, or the self-check failed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Operand = tuple[int, str]
 
 @dataclass
 class Plan:
-    """How one form of batch is served; parameters in neither `served_by` nor `loop` do not reach the loss."""
+    """How one form of batch is served; parameters in neither `served_by` nor `loop` do not reach
+    the loss."""
 
     seen: Meetings
     fast: set[Operand] = field(default_factory=set)
@@ -77,7 +79,8 @@ def classify(
     loss: Tensor,
     parameters: Mapping[str, Tensor],
 ) -> Plan:
-    """The plan for the uses that a served forward pass has just made; `loss` is what that pass ended in."""
+    """The plan for the uses that a served forward pass has just made; `loss` is what that pass
+    ended in."""
     names = {id(p): name for name, p in parameters.items()}
     plan = Plan(seen)
     operands = {
@@ -137,9 +140,11 @@ def _pulled_parameters(
 
 
 def _selection(operand: Tensor, parameter: Tensor) -> Tensor | None:
-    """How often each entry of the parameter is selected by w' = f(p), or None if f is no selection of entries.
+    """How often each entry of the parameter is selected by w' = f(p), or None if f is no selection
+    of entries.
 
-    A random test: J^T v squared equals J^T (v squared) for a selection, and for nothing else but by chance.
+    A random test: J^T v squared equals J^T (v squared) for a selection, and for nothing else but by
+    chance.
     """
     if operand is parameter:
         return torch.ones_like(parameter, requires_grad=False)

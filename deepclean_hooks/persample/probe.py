@@ -1,4 +1,5 @@
-"""Finding out, on three samples, what a model does with a batch; and whether the rules agree with the loop."""
+"""Finding out, on three samples, what a model does with a batch; and whether the rules agree with
+the loop."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from deepclean_hooks.persample.layout import PROBE_SAMPLES as PROBE_SAMPLES
 
 OTHER_SIZE = 5  # a second batch size: a dimension that grows from 3 to 5 is the batch
 
-# Relative to the largest entry of the tensor. A wrong rule is off by its order of magnitude; rounding in float32 was
-# 4e-4 of an entry at most (ResNet-50).
+# Relative to the largest entry of the tensor. A wrong rule is off by its order of magnitude;
+# rounding in float32 was 4e-4 of an entry at most (ResNet-50).
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 3e-3}
 ZERO = {
     torch.float64: 1e-24,
@@ -55,8 +56,8 @@ def marked(batch: Batch) -> Batch:
 def meetings(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Meetings:
     """Where data meets parameters in this model, and how the samples lie there.
 
-    Raises SamplesMixed if the model mixes the samples of a batch (a per-sample gradient would mean nothing),
-    ProbeFailed if it cannot run with NaN.
+    Raises SamplesMixed if the model mixes the samples of a batch (a per-sample gradient would mean
+    nothing), ProbeFailed if it cannot run with NaN.
     """
     few = samples(batch, PROBE_SAMPLES)
     first = ShapePass(PROBE_SAMPLES)
@@ -104,13 +105,15 @@ def _mixing(model: nn.Module) -> str:
     ]
     where = f" (batch normalisation without running statistics: {culprits})" if culprits else ""
     return (
-        f"the model mixes the samples of a batch in eval mode{where}, so a sample has no gradient of its own; "
-        "give its normalisation running statistics, or replace it by group normalisation"
+        f"the model mixes the samples of a batch in eval mode{where}, so a sample has no gradient "
+        "of its own; give its normalisation running statistics, or replace it by group "
+        "normalisation"
     )
 
 
 def disagreements(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, str]:
-    """The parameters whose sums differ from the truth by more than rounding, each with by how much."""
+    """The parameters whose sums differ from the truth by more than rounding, each with by how
+    much."""
     if not truth:
         return {}
     largest = max(float(t.abs().max()) for t in truth.values() if t.numel())

@@ -17,7 +17,8 @@ from deepclean_hooks.persample.rule import Carried
 def squares_through(
     operand: Tensor, squares: Tensor, parameters: Mapping[str, Tensor], names: Mapping[int, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The sum of squares of an operand that is a selection of entries of one parameter, for that parameter."""
+    """The sum of squares of an operand that is a selection of entries of one parameter, for that
+    parameter."""
     for name in leaves(operand, names):
         cotangent = squares.to(operand.dtype).reshape(operand.shape)
         (back,) = torch.autograd.grad(operand, parameters[name], cotangent, retain_graph=True)

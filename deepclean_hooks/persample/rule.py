@@ -1,4 +1,5 @@
-"""What a rule is: it turns an operation's saved input and output gradient into squared per-sample gradients."""
+"""What a rule is: it turns an operation's saved input and output gradient into squared per-sample
+gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ Squares = dict[str, Tensor | Product]
 
 @dataclass(frozen=True)
 class Carried:
-    """The gradient of an operand that itself holds the samples, in the operand's shape and `layout`."""
+    """The gradient of an operand that itself holds the samples, in the operand's shape and
+    `layout`."""
 
     grad: Tensor
     layout: Layout
@@ -26,8 +28,9 @@ class Carried:
 class Rule(ABC):
     """One operation in which data met parameters.
 
-    `operands` are its parameter-side tensors by the name of their argument; `saved` is the data it needs later,
-    freed after use. A rule is used once, when the gradient of the operation's output arrives.
+    `operands` are its parameter-side tensors by the name of their argument; `saved` is the data it
+    needs later, freed after use. A rule is used once, when the gradient of the operation's output
+    arrives.
     """
 
     def __init__(self, operands: dict[str, Tensor], n: int, saved: Tensor | None = None) -> None:
@@ -43,7 +46,8 @@ class Rule(ABC):
         if self._saved._version != self._version:
             raise RuntimeError(
                 f"an activation of shape {tuple(self._saved.shape)} was modified in place after "
-                f"{type(self).__name__.lower()} had used it, so its gradient is lost; use the out-of-place form"
+                f"{type(self).__name__.lower()} had used it, so its gradient is lost; use the "
+                "out-of-place form"
             )
         return self._saved
 

@@ -1,8 +1,10 @@
-"""Operands that are broadcast over the samples: position embeddings, scales, bias tables, temperatures, queries.
+"""Operands that are broadcast over the samples: position embeddings, scales, bias tables,
+temperatures, queries.
 
-The operand is expanded to the operation's full shape before it meets the data; the gradient of that expansion,
-summed over every dimension but the samples' wherever the operand was broadcast, is each sample's gradient (chain
-rule of `expand`). An operand that holds the samples itself (`token.repeat(N, 1, 1)`) is tapped as it is.
+The operand is expanded to the operation's full shape before it meets the data; the gradient of that
+expansion, summed over every dimension but the samples' wherever the operand was broadcast, is each
+sample's gradient (chain rule of `expand`). An operand that holds the samples itself
+(`token.repeat(N, 1, 1)`) is tapped as it is.
 """
 
 from __future__ import annotations

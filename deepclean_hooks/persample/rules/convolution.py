@@ -1,8 +1,10 @@
-"""y = conv(x, W) + b: sample n's weight gradient is the correlation of its input with its output gradient.
+"""y = conv(x, W) + b: sample n's weight gradient is the correlation of its input with its output
+gradient.
 
-N: samples, R: maps of a sample (1 unless the batch was folded), O and I: output and input channels, P: output
-positions, K: kernel positions. Dense two-dimensional convolutions become products by im2col in channels-last order;
-which way is fastest depends on P only. Ratios are to the ordinary weight gradient, one thread, float32.
+N: samples, R: maps of a sample (1 unless the batch was folded), O and I: output and input channels,
+P: output positions, K: kernel positions. Dense two-dimensional convolutions become products by
+im2col in channels-last order; which way is fastest depends on P only. Ratios are to the ordinary
+weight gradient, one thread, float32.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from deepclean_hooks.persample.layout import Layout, Unserved
 from deepclean_hooks.persample.outer import Product, squared_outer
 from deepclean_hooks.persample.rule import Carried, Rule, Squares
 
-LARGE_MAP = 512  # positions from which the library's own weight gradient, a sample at a time, wins: 1.09 to 1.12
+# Positions from which the library's own weight gradient, a sample at a time, wins: 1.09 to 1.12.
+LARGE_MAP = 512
 SMALL_MAP = 16  # positions up to which result tiles kept in cache win: 1.2 to 1.5 at 4 x 4
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Stride, padding, dilation, groups and output padding, one entry for each spatial dimension."""
+    """Stride, padding, dilation, groups and output padding, one entry for each spatial
+    dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -36,7 +40,8 @@ class Geometry:
 
 
 class Convolution(Rule):
-    """Operands: weight (O, I / groups, *kernel) - or (I, O / groups, *kernel) if transposed - and bias (O,)."""
+    """Operands: weight (O, I / groups, *kernel) - or (I, O / groups, *kernel) if transposed - and
+    bias (O,)."""
 
     def __init__(
         self,
@@ -125,7 +130,8 @@ class Convolution(Rule):
         return total.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2)
 
     def _im2col(self) -> Tensor:
-        """The windows under the kernel, (N, *positions, *kernel, I), as a strided view of the padded input."""
+        """The windows under the kernel, (N, *positions, *kernel, I), as a strided view of the
+        padded input."""
         x, geometry = self.saved, self.geometry
         (kh, kw), (ph, pw) = self.weight.shape[2:], geometry.padding
         (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
@@ -141,7 +147,8 @@ class Convolution(Rule):
         )
 
     def _summed(self, grad: Tensor) -> Tensor:
-        """The squares of one sample's weight gradient after the other; one gradient is held at a time."""
+        """The squares of one sample's weight gradient after the other; one gradient is held at a
+        time."""
         total = torch.zeros_like(self.weight)
         for each in self._each(grad):
             total.addcmul_(each, each)
@@ -185,9 +192,11 @@ class Convolution(Rule):
         return single and weight.dim() == 4 and not geometry.transposed
 
     def _by_forward(self, grad: Tensor) -> Tensor:
-        """Depthwise: the weight gradient is a convolution of x with kernel g, stride and dilation swapped.
+        """Depthwise: the weight gradient is a convolution of x with kernel g, stride and dilation
+        swapped.
 
-        0.06 to 0.2 of the native weight gradient for 5 x 5 and 7 x 7 kernels, 0.67 to 1.2 for 3 x 3.
+        0.06 to 0.2 of the native weight gradient for 5 x 5 and 7 x 7 kernels, 0.67 to 1.2 for 3 x
+        3.
         """
         x, geometry, (kh, kw) = self.saved, self.geometry, self.weight.shape[2:]
         planes = self.n * geometry.groups

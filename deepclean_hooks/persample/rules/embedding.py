@@ -1,4 +1,5 @@
-"""y = W[index]: row i of sample n's gradient is the sum of g[n, t] over the positions t with index[n, t] = i.
+"""y = W[index]: row i of sample n's gradient is the sum of g[n, t] over the positions t with
+index[n, t] = i.
 
 N: samples, T: positions, V: rows of the table, D: entries of a row.
 """

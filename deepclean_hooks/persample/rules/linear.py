@@ -1,6 +1,8 @@
-"""y = x W^T + b: the weight gradient of sample n is sum over t of g[n, t] x[n, t]^T, the bias gradient sum of g.
+"""y = x W^T + b: the weight gradient of sample n is sum over t of g[n, t] x[n, t]^T, the bias
+gradient sum of g.
 
-N: samples, T: positions, O: outputs, D: inputs. Also `matmul` with a parameter matrix on the right, and `addmm`.
+N: samples, T: positions, O: outputs, D: inputs. Also `matmul` with a parameter matrix on the right,
+and `addmm`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""y = x_hat w + b: the gradient of sample n is the sum over its positions of g x_hat (weight) and of g (bias).
+"""y = x_hat w + b: the gradient of sample n is the sum over its positions of g x_hat (weight) and
+of g (bias).
 
-N: samples, R: maps of a sample, C: channels, T: positions. x_hat is the normalised input: by running statistics
-(BatchNorm in eval mode), or by statistics of the sample itself (LayerNorm, GroupNorm, InstanceNorm, RMSNorm).
+N: samples, R: maps of a sample, C: channels, T: positions. x_hat is the normalised input: by
+running statistics (BatchNorm in eval mode), or by statistics of the sample itself (LayerNorm,
+GroupNorm, InstanceNorm, RMSNorm).
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ class BatchNorm(Rule):
     def _folded(self, g: Tensor, x: Tensor, channels: int) -> dict[str, Tensor | Carried]:
         """The samples folded into the channels: one native call gives every sample's sums."""
         mean, var, weight, eps = self.statistics
-        # Contiguous, because the native backward is wrong for a batch of one with channels-last gradients.
+        # Contiguous, because the native backward is wrong for a batch of one with channels-last
+        # gradients.
         flat = [t.reshape(1, self.n * channels, -1).contiguous() for t in (g, x)]
         scale = None if weight is None else weight.repeat(self.n)
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
@@ -69,7 +72,8 @@ class BatchNorm(Rule):
 
 
 class LayerNorm(Rule):
-    """Operands: weight and bias of the normalised shape; statistics (mean, rstd) come from the forward."""
+    """Operands: weight and bias of the normalised shape; statistics (mean, rstd) come from the
+    forward."""
 
     def __init__(
         self,
@@ -103,7 +107,8 @@ class LayerNorm(Rule):
         return split.transpose(0, 1).flatten(1, 2)  # (N, T, size)
 
     def _native(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
-        """PyTorch's own backward, one sample at a time: it reads g and x once, without making x_hat."""
+        """PyTorch's own backward, one sample at a time: it reads g and x once, without making
+        x_hat."""
         ones = [1] * len(self.shape)
         x = self.saved.reshape(self.n, -1, *self.shape)
         g = grad.reshape(x.shape)
@@ -121,7 +126,8 @@ class LayerNorm(Rule):
 
 
 class Normalized(Rule):
-    """Operands: weight and bias along `dims` of x; `normalize` makes x_hat again from the saved input."""
+    """Operands: weight and bias along `dims` of x; `normalize` makes x_hat again from the saved
+    input."""
 
     def __init__(
         self,
