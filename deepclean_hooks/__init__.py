@@ -14,6 +14,7 @@ from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
 from deepclean_hooks.guard import Guard, GuardError
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.methods import DeepClean, Method
+from deepclean_hooks.persample.explain import Explanation, explain
 from deepclean_hooks.report import Report
 from deepclean_hooks.session import Session
 
@@ -27,6 +28,7 @@ _ADAPTERS = {"unlearning": "loop", "unlearn": "recipe"}
 __all__ = [
     "DeepClean",
     "Evaluation",
+    "Explanation",
     "FisherDiagonal",
     "Guard",
     "GuardError",
@@ -36,6 +38,7 @@ __all__ = [
     "Session",
     "__version__",
     "evaluate",
+    "explain",
     "fisher_diagonal",
     "unlearn",
     "unlearning",

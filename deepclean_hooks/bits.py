@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deepclean_hooks.shards import whole
+
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -25,7 +27,7 @@ def differing(one: Tensor, other: Tensor) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The entries of a tensor in row-major order as raw bytes, on the CPU."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    flat = whole(tensor.detach()).to("cpu").contiguous().reshape(-1)
     array = flat.view(torch.uint8).numpy()
     return memoryview(array)  # type: ignore[arg-type]  # arrays are buffers
 

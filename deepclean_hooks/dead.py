@@ -43,14 +43,16 @@ def dead_entries(
                 module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
         device = measure.device_of(inner)
         walked = measure.walk(retain, device=device, dtype=dtype)
-        for batch in itertools.islice(walked, BATCHES):
-            if batches.size(batch) == 1 and batch_statistics:
-                continue  # BatchNorm cannot normalise one sample by itself
-            loss = losses.per_sample(loss_fn(inner, batch), batches.size(batch)).mean()
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    alive[name] |= gradient != 0
-    counts = {name: tensor.to(torch.uint8) for name, tensor in alive.items()}
+        with ranks.fail_together():
+            for batch in itertools.islice(walked, BATCHES):
+                if batches.size(batch) == 1 and batch_statistics:
+                    continue  # BatchNorm cannot normalise one sample by itself
+                loss = losses.per_sample(loss_fn(inner, batch), batches.size(batch)).mean()
+                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        alive[name] |= gradient != 0
+    # Not 8 bits: 256 ranks would add up to 0.
+    counts = {name: tensor.to(torch.int32) for name, tensor in alive.items()}
     ranks.sum_over_ranks(counts)
     return {name: int((mask & (counts[name] == 0)).sum()) for name, mask in masks.items()}

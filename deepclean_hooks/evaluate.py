@@ -124,6 +124,7 @@ def evaluate(
     batch_size: int | None = None,
     collate_fn: Any = None,
     membership: bool = True,
+    progress: bool = True,
 ) -> Evaluation:
     """Accuracy, loss and membership inference of a model on the sets given, each sample once over
     all ranks.
@@ -135,13 +136,14 @@ def evaluate(
     set, for outputs that are NaN, and for a gold Evaluation of other data.
     """
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
-    sets = {
-        name: data
-        if isinstance(data, Samples)
-        else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-        for name, data in given.items()
-        if data is not None
-    }
+    with ranks.fail_together():
+        sets = {
+            name: data
+            if isinstance(data, Samples)
+            else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+            for name, data in given.items()
+            if data is not None
+        }
     if not sets:
         raise ValueError(f"evaluate needs at least one of {', '.join(given)}; none was given")
     if isinstance(gold, Evaluation):
@@ -172,15 +174,17 @@ def _evaluate(model: nn.Module, sets: Mapping[str, Samples], attacked: bool) -> 
     return Evaluation(scores, found, time.perf_counter() - start)
 
 
-def _outputs(model: nn.Module, source: Samples, name: str) -> _Outputs:
+def _outputs(model: nn.Module, source: Samples, name: str, progress: bool) -> _Outputs:
     rows: list[Tensor] = []
+    label = f"evaluate: {name}" if progress else None
     with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
         device = measure.device_of(inner)
-        for batch in measure.walk(
-            source, device=device, dtype=dtype, name=name, progress=f"evaluate: {name}"
-        ):
-            with torch.no_grad():
-                rows.append(_rows(inner, batch, name))
+        with ranks.fail_together():
+            for batch in measure.walk(
+                source, device=device, dtype=dtype, name=name, progress=label
+            ):
+                with torch.no_grad():
+                    rows.append(_rows(inner, batch, name))
     mine = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.float64)
     table = _in_index_order(ranks.gather(mine))
     if not len(table):

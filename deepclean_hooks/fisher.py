@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, bits, losses, measure, ranks
+from deepclean_hooks import batches, bits, losses, measure, ranks, shards
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measure import Data, Samples
@@ -189,15 +189,20 @@ def fisher_diagonal(
     Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a
     NaN loss or gradient, a model that mixes samples or has nothing to train.
     """
-    source = (
-        data
-        if isinstance(data, Samples)
-        else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-    )
-    loss = loss_fn or losses.cross_entropy
-    changing = measure.warn_if_changing(source, name)
     inner = unwrap(model)
-    wanted = _wanted(inner, parameters)
+    loss = loss_fn or losses.cross_entropy
+    with ranks.fail_together():
+        shards.refuse_sharded(inner)
+        source = (
+            data
+            if isinstance(data, Samples)
+            else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+        )
+        changing = measure.warn_if_changing(source, name)
+        wanted = _wanted(inner, parameters)
+    measure.require_same_on_ranks(source, name, changing)
+    if ranks.world()[1] > 1:
+        ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
     fingerprint = bits.digest(state_tensors(inner))
     with measure.no_trace(inner), measure.float32_weights(inner) as dtype:
         kept = {id(p) for p in wanted.values()}
@@ -246,27 +251,22 @@ class _Pass:
     def run(self, label: str | None) -> tuple[SquaredGradients, list[int]]:
         """The engine with its sums, and the fingerprints of this rank's samples.
 
-        Fails on all ranks together: a rank that stopped alone would leave the others waiting at the
-        reduction.
+        Fails on all ranks together.
         """
-        engine, ids = self._engine(), []
-        failure: ValueError | TypeError | None = None
+        engine: SquaredGradients = self._engine()
+        ids: list[int] = []
         at = 0
-        try:
-            for index, batch in self._walk(label):
-                at = index
-                ids.extend(batches.sample_ids(batch))
-                engine.add(batch)
-            engine.totals()
-        except NonFiniteGradient as reason:
-            failure = self._locate(reason, at)
-        except (ValueError, TypeError) as reason:
-            failure = type(reason)(f"{self.name}, batch {at}: {reason}")
-        failed = [f for f in ranks.gather(None if failure is None else str(failure)) if f]
-        if failure is not None:
-            raise failure
-        if failed:
-            raise RuntimeError(f"another rank failed: {failed[0]}")
+        with ranks.fail_together():
+            try:
+                for index, batch in self._walk(label):
+                    at = index
+                    ids.extend(batches.sample_ids(batch))
+                    engine.add(batch)
+                engine.totals()
+            except NonFiniteGradient as reason:
+                raise self._locate(reason, at) from None
+            except (ValueError, TypeError) as reason:
+                raise type(reason)(f"{self.name}, batch {at}: {reason}") from reason
         return engine, ids
 
     def _engine(self) -> SquaredGradients:

@@ -3,11 +3,14 @@ ranks."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -60,6 +63,66 @@ def require_agreement(what: str, value: str) -> None:
             f"{what} differs between ranks: {values}; give every rank the same model, data sets "
             "and settings"
         )
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """An error in the block on one rank is raised on all ranks; the block holds no collective.
+
+    A rank that stopped alone would leave the others waiting. They get a ValueError or TypeError if
+    the error was one, else a RuntimeError, which quotes it.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as reason:
+        failure = reason
+    told = None if failure is None else (type(failure).__name__, str(failure))
+    failed = [one for one in gather(told) if one is not None]
+    if failure is not None:
+        raise failure
+    if failed:
+        kind, text = failed[0]
+        error = {"ValueError": ValueError, "TypeError": TypeError}.get(kind, RuntimeError)
+        raise error(f"another rank failed: {text}")
+
+
+def require_same_samples(name: str, indices: Sequence[int], content: Sequence[int]) -> None:
+    """Raises RuntimeError on every rank if the set `name` is not the same one on all of them.
+
+    Each rank takes its share of the positions: of different sets, samples would be left out or
+    counted twice.
+    """
+    if world()[1] > 1:
+        sha = hashlib.sha256(repr((tuple(indices), tuple(content))).encode()).hexdigest()
+        require_agreement(f"the {name} set", f"{len(indices)} samples, SHA-256 {sha[:16]}")
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Gives the buffers of every rank the values of rank 0.
+
+    Running statistics drift apart under DistributedDataParallel, which keeps those of rank 0.
+    """
+    if world()[1] > 1:
+        with torch.no_grad():
+            for buffer in model.buffers():
+                sent = buffer.detach().to(barrier_device()).contiguous()
+                dist.broadcast(sent, 0)
+                buffer.copy_(sent)
+
+
+def refuse_lossy_reduction(model: nn.Module) -> None:
+    """Raises ValueError for a DistributedDataParallel that compresses gradients by PowerSGD.
+
+    Its low-rank approximation gives frozen entries gradients again, and made NaN of those of W_f.
+    """
+    for entry in getattr(model, "_comm_hooks", ()):
+        name = getattr(entry[0], "__name__", "")
+        if "powersgd" in name.lower():
+            raise ValueError(
+                f"the communication hook {name} mixes the gradients of frozen and free entries; "
+                "reduce without PowerSGD (compression to bf16 or fp16 works)"
+            )
 
 
 def barrier_device() -> torch.device:

@@ -31,6 +31,32 @@ def local_part(full: Tensor, like: Tensor) -> Tensor:
     return full
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 (or tensor parallelism) has spread a parameter of the model over the ranks."""
+    sharded = _loaded("torch.distributed.tensor", "DTensor")
+    return sharded is not None and any(isinstance(p, sharded) for p in model.parameters())
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raises ValueError for a sharded model: its gradients are averaged before any square."""
+    if is_sharded(model):
+        raise ValueError(
+            f"the parameters of {type(model).__name__} are sharded (fully_shard, FSDP2): gradients "
+            "come averaged over the ranks, and the Fisher diagonal needs the square of each "
+            "sample's own; call measure(), select() and reset() before fully_shard() or "
+            "Accelerator.prepare(), and guard() after"
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a shard, gathered over the ranks, all of which call this; others as is."""
+    sharded = _loaded("torch.distributed.tensor", "DTensor")
+    if sharded is not None and isinstance(tensor, sharded):
+        gathered: Tensor = tensor.full_tensor()
+        return gathered
+    return tensor
+
+
 def reshard(model: nn.Module) -> None:
     """Puts the sharded parameters back in their places under FSDP2; changes no other model.
 
