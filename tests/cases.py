@@ -77,15 +77,30 @@ class Tied(nn.Module):
         return self.head((x @ self.raw) * self.scale)
 
 
-class Einsum(nn.Module):
+class Unruled(nn.Module):
     """An operation without a rule: its parameter goes to the one-sample loop, the others do not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.raw, self.head = nn.Parameter(torch.randn(12, 8)), nn.Linear(8, CLASSES)
+        self.raw, self.head = nn.Parameter(torch.randn(8, 12)), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.einsum("bi,ij->bj", x, self.raw).tanh())
+        return self.head(torch.cdist(x, self.raw).tanh())
+
+
+class Einsums(nn.Module):
+    """Products by einsum: explicit and implicit output, samples first and last, two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(6, 5))
+        self.three, self.head = nn.Parameter(torch.randn(3, 5)), nn.Linear(15, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 4, 6)
+        x = torch.einsum("bij,ik,jl->bkl", x, self.one, self.two)
+        x = torch.einsum("klb,kl->bkl", x.permute(1, 2, 0), self.three).tanh()
+        x = x + torch.einsum("zkl, kl", x, self.three)[:, None, None]
+        return self.head(x.flatten(1))
 
 
 class Parametrized(nn.Module):
@@ -396,7 +411,8 @@ _DINO = {k: v for k, v in _VIT.items() if k != "intermediate_size"}
 
 ODDITIES = {
     "tied, repeated, raw": Case(Tied, 12),
-    "no rule (einsum)": Case(Einsum, shape=(12,)),
+    "no rule (cdist)": Case(Unruled, shape=(12,)),
+    "einsum": Case(Einsums, shape=(4, 6)),
     "weight norm, orthogonal": Case(Parametrized, 12),
     "convolutions": Case(convolutions, 14),
     "1-d convolutions": Case(one_dimension, shape=(4, 20)),

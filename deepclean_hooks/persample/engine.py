@@ -24,6 +24,9 @@ from deepclean_hooks.persample.plan import Plan, classify
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
 from deepclean_hooks.persample.rule import Carried
 
+Plans = dict[object, Plan]
+"""(Form of a batch, names of the parameters, loss) -> plan; all of one model."""
+
 DEFAULT_MEMORY_BUDGET = 2**28  # bytes of per-sample gradients held at once
 
 
@@ -40,8 +43,9 @@ class SquaredGradients:
     batch.
 
     `memory_budget`: bytes for per-sample gradients beyond a plain forward and backward; where tied
-    or derived parameters need more, a batch is taken in pieces. The model must be the unwrapped
-    one, inside `measure.no_trace`.
+    or derived parameters need more, a batch is taken in pieces. `plans`, if given, are those of an
+    earlier pass over the same model, used and added to. The model must be the unwrapped one, inside
+    `measure.no_trace`.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SquaredGradients:
         loss_fn: LossFn = losses.cross_entropy,
         dtype: torch.dtype = torch.float64,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        plans: Plans | None = None,
     ) -> None:
         self.model, self.parameters, self.loss_fn = model, dict(parameters), loss_fn
         self.memory_budget = memory_budget
@@ -59,7 +64,7 @@ class SquaredGradients:
         self.notes: dict[str, str] = {}  # parameter -> why it needs the one-sample loop
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._sums = Sums(self.parameters, dtype)
-        self._plans: dict[object, Plan] = {}
+        self._plans: Plans = {} if plans is None else plans
         self.computed = str(self._first().dtype).removeprefix("torch.")
         self._anchor = torch.zeros((), requires_grad=True, device=self._first().device)
 
@@ -95,9 +100,11 @@ class SquaredGradients:
     def plan_for(self, batch: Batch) -> Plan:
         """The plan for batches of this form: made, and checked against the one-sample loop, at its
         first sight."""
-        form = tuple((t.shape[1:], t.dtype) for t in batches.tensors(batch))
+        shapes = tuple((t.shape[1:], t.dtype) for t in batches.tensors(batch))
+        form = (shapes, frozenset(self.parameters), self.loss_fn)
         if form not in self._plans:
             self._plans[form] = self._make_plan(batch)
+        self.notes.update(self._plans[form].loop)
         return self._plans[form]
 
     def _make_plan(self, batch: Batch) -> Plan:
@@ -115,7 +122,6 @@ class SquaredGradients:
             why = f"it could not be probed: {type(reason).__name__}: {reason}"
             plan.demote(dict.fromkeys(self.parameters, why))
         self._self_check(few, plan)
-        self.notes.update(plan.loop)
         return plan
 
     def _self_check(self, few: Batch, plan: Plan) -> None:

@@ -97,11 +97,11 @@ def classify(
         if sources:
             (plan.pulled if set(sources) & slow else plan.fast).add(key)
     plan.pulled_parameters = slow
-    plan.bytes_per_sample = sum(
-        operand.numel() * operand.element_size()
-        for key, (operand, _) in operands.items()
-        if key in plan.pulled
-    ) + sum(parameters[name].numel() * parameters[name].element_size() for name in slow)
+    plan.bytes_per_sample = (
+        sum(_bytes(operand) for key, (operand, _) in operands.items() if key in plan.pulled)
+        + sum(_bytes(parameters[name]) for name in slow)
+        + sum({id(rule): rule.bytes_per_sample() for _, rule in operands.values()}.values())
+    )
     reasons: dict[str, str] = {}
     for tensors, reason in refused:
         for tensor in tensors:
@@ -110,6 +110,10 @@ def classify(
         reasons[name] = "it reaches the loss through an operation that was not intercepted"
     plan.demote(reasons)
     return plan
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _pulled_parameters(

@@ -56,6 +56,10 @@ class Rule(ABC):
         """False for a rule that saved indices, which no NaN can mark."""
         return self._saved is None or self._saved.is_floating_point()
 
+    def bytes_per_sample(self) -> int:
+        """What the rule holds for each sample beyond activations: 0 for nearly all."""
+        return 0
+
     def free(self) -> None:
         """Drops the saved data."""
         self._saved = None

@@ -4,11 +4,12 @@ from deepclean_hooks.persample.call import merge
 from deepclean_hooks.persample.rules import (
     broadcast,
     convolution,
+    einsum,
     embedding,
     linear,
     normalization,
 )
 
 HANDLERS = merge(
-    module.HANDLERS for module in (linear, convolution, normalization, embedding, broadcast)
+    module.HANDLERS for module in (linear, convolution, normalization, embedding, einsum, broadcast)
 )
