@@ -89,7 +89,9 @@ def test_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         Linear,
         "squares",
-        lambda self, g, names: {k: e.square().sum(0) for k, e in self.per_sample(g, names).items()},
+        lambda self, g, names, into: {
+            k: e.square().sum(0) for k, e in self.per_sample(g, names).items()
+        },
     )
     found = fisher_diagonal(model, TensorDataset(x, y), batch_size=5)
     assert relative_error(found.sums, truth) <= 1e-9

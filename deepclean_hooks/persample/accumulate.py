@@ -19,11 +19,15 @@ FLUSH_EVERY = 16
 
 
 class Sums:
-    """One sum for each parameter, in `dtype`, on the parameter's device."""
+    """One sum for each parameter, in `dtype`, on the parameter's device.
+
+    `scratch` holds what was added since the last flush; whoever adds to one of its tensors in place
+    hands that tensor to `add`, which then leaves it at that.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self._totals = {n: torch.zeros_like(p, dtype=dtype) for n, p in parameters.items()}
-        self._scratch: dict[str, Tensor] = {}
+        self.scratch: dict[str, Tensor] = {}
         self._products: dict[str, list[Product]] = {}
         self._batches = 0
 
@@ -31,11 +35,10 @@ class Sums:
         """Adds a sum of squares of the parameter's shape (a product may be flat)."""
         if isinstance(squares, Product):
             self._products.setdefault(name, []).append(squares)
-        elif name in self._scratch:
-            self._scratch[name].add_(squares.reshape(self._scratch[name].shape))
-        else:
-            total = self._totals[name]
-            self._scratch[name] = squares.detach().reshape(total.shape)
+        elif name not in self.scratch:
+            self.scratch[name] = squares.detach().reshape(self._totals[name].shape)
+        elif squares.data_ptr() != self.scratch[name].data_ptr():
+            self.scratch[name].add_(squares.reshape(self.scratch[name].shape))
 
     def end_batch(self) -> bool:
         """Counts a batch; returns whether the scratch was flushed."""
@@ -47,7 +50,7 @@ class Sums:
 
     def flush(self) -> None:
         """Moves what waits into the totals."""
-        for name, scratch in self._scratch.items():
+        for name, scratch in self.scratch.items():
             self._totals[name].add_(scratch)
         for name, products in self._products.items():
             joined = Product(
@@ -55,7 +58,7 @@ class Sums:
             )
             total = self._totals[name]
             total.add_(joined.value().reshape(total.shape))
-        self._scratch.clear()
+        self.scratch.clear()
         self._products.clear()
 
     def totals(self) -> dict[str, Tensor]:

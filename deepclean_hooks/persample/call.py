@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from deepclean_hooks.persample.layout import Layout
-from deepclean_hooks.persample.rule import Rule
+from deepclean_hooks.persample.rule import FusedRule, Rule
 
 NEITHER, DATA, PARAMETER, BOTH = 0, 1, 2, 3
 _MARK = "_deepclean_depends_on_data"  # set on activations only, which die with the forward
@@ -69,6 +69,10 @@ class Forward(ABC):
         """The output of an operation, its gradient handed to the rule in the backward pass."""
 
     @abstractmethod
+    def serve_fused(self, run: Callable[[Tensor], Tensor], x: Tensor, rule: FusedRule) -> Tensor:
+        """`run(x)`, with the rule as its backward."""
+
+    @abstractmethod
     def tap(self, value: Tensor, rule: Rule) -> Tensor:
         """A detached operand, its gradient handed to the rule in the backward pass."""
 
@@ -85,7 +89,8 @@ class Call:
     ) -> None:
         self.func, self.args, self.kwargs, self.forward = func, args, dict(kwargs), forward
         self.n = forward.n
-        self.layout, self.serve, self.tap = forward.layout, forward.serve, forward.tap
+        self.layout, self.tap = forward.layout, forward.tap
+        self.serve, self.serve_fused = forward.serve, forward.serve_fused
 
     @property
     def name(self) -> str:

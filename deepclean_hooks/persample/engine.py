@@ -198,10 +198,12 @@ class SquaredGradients:
             rule = use.rule
             fast = [name for name in rule.operands if (use.index, name) in plan.fast]
             slow = [name for name in rule.operands if (use.index, name) in plan.pulled]
-            for name, squares in rule.squares(grad.detach(), fast).items() if fast else ():
-                operand = rule.operands[name]
-                if id(operand) in self._names:
-                    sums.add(self._names[id(operand)], squares)
+            direct = {k: self._names.get(id(rule.operands[k])) for k in fast}
+            into = {k: sums.scratch[n] for k, n in direct.items() if n in sums.scratch}
+            for name, squares in rule.squares(grad.detach(), fast, into).items() if fast else ():
+                operand, parameter = rule.operands[name], direct[name]
+                if parameter is not None:
+                    sums.add(parameter, squares)
                 else:
                     value = squares if isinstance(squares, Tensor) else squares.value()
                     later.append((operand, value))

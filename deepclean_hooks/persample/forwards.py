@@ -18,7 +18,7 @@ from torch import Tensor
 from deepclean_hooks.persample import layout as layouts
 from deepclean_hooks.persample.call import Call, Forward, flatten, kind, mark
 from deepclean_hooks.persample.layout import Layout, Unserved
-from deepclean_hooks.persample.rule import Rule
+from deepclean_hooks.persample.rule import FusedRule, Rule
 from deepclean_hooks.persample.rules.broadcast import Broadcast, Carrying
 
 
@@ -63,6 +63,9 @@ class _Probing(Pass):
 
     def serve(self, out: Tensor, rule: Rule) -> Tensor:
         return out
+
+    def serve_fused(self, run: Callable[[Tensor], Tensor], x: Tensor, rule: FusedRule) -> Tensor:
+        return run(x)
 
     def tap(self, value: Tensor, rule: Rule) -> Tensor:
         return value
@@ -176,6 +179,24 @@ class _TapOutput(torch.autograd.Function):
         return None, None, None
 
 
+class _Fused(torch.autograd.Function):
+    """An operation whose backward is its rule's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, run: Any, rule: FusedRule, receive: Any
+    ) -> Any:
+        ctx.rule, ctx.receive = rule, receive
+        return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.no_grad():
+            back = ctx.rule.input_gradient(grad, ctx.needs_input_grad[0])
+        ctx.receive(grad)
+        return back, None, None, None, None
+
+
 @dataclass
 class Use:
     """One rule at work in this forward pass; `index` counts them."""
@@ -232,6 +253,10 @@ class ServedPass(Pass):
             return out
         tapped: Tensor = _TapOutput.apply(out, self.anchor, receive)
         return tapped
+
+    def serve_fused(self, run: Callable[[Tensor], Tensor], x: Tensor, rule: FusedRule) -> Tensor:
+        out: Tensor = _Fused.apply(x, self.anchor, run, rule, self._use(rule))
+        return out
 
     def tap(self, value: Tensor, rule: Rule) -> Tensor:
         tapped: Tensor = _TapOperand.apply(value, self.anchor, self._use(rule))

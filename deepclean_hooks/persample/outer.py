@@ -34,67 +34,92 @@ class Product:
         return self.left.t() @ self.right
 
 
-def squared_outer(grad: Tensor, data: Tensor) -> Tensor | Product:
-    """The sum over samples of the squared (O, D) product of grad (N, T, O) and data (N, T, D)."""
+def squared_outer(grad: Tensor, data: Tensor, into: Tensor | None = None) -> Tensor | Product:
+    """The sum over samples of the squared (O, D) product of grad (N, T, O) and data (N, T, D).
+
+    Added to `into`, (O, D), where one is given and its layout in memory suits; the result is then
+    `into` itself.
+    """
     positions, entries = grad.shape[1], grad.shape[2] * data.shape[2]
     if positions == 1:
         return Product(grad[:, 0].square(), data[:, 0].square())
     if positions <= 3 or (positions == 4 and entries > 1 << 17):
-        return _by_pairs(grad, data)  # FLOPs grow by (T + 1) / 2: 1.3 to 1.8 at T = 4, 10 at T = 16
+        # FLOPs grow by (T + 1) / 2: 1.3 to 1.8 at T = 4, 10 at T = 16
+        return _by_pairs(grad, data, into)
     if grad.device.type != "cpu":
-        return _batched(grad, data)
+        return _batched(grad, data, into)
     if entries > 1 << 19:
-        return _tiled(grad, data)
-    return _one_by_one(grad, data)  # 1.16 (T = 197) to 1.4 (T = 37); batched on the CPU 1.3 to 3.2
+        return _tiled(grad, data, None if into is None else into.t()).t()
+    # 1.16 (T = 197) to 1.4 (T = 37); batched on the CPU 1.3 to 3.2
+    return _one_by_one(grad, data, into)
 
 
-def _by_pairs(grad: Tensor, data: Tensor) -> Tensor:
+def viewed(into: Tensor | None, *shape: int) -> Tensor | None:
+    """The same memory in another shape; None if that would take a copy."""
+    try:
+        return None if into is None else into.view(shape)
+    except RuntimeError:
+        return None
+
+
+def start(into: Tensor | None, like: Tensor, *shape: int) -> Tensor:
+    """Where to add: `into` if it lies in memory as a new tensor of the shape would, else zeros."""
+    if into is not None and into.shape == shape and into.is_contiguous():
+        return into
+    return like.new_zeros(shape)
+
+
+def add_square(total: Tensor, one: Tensor, other: Tensor, buffer: Tensor) -> None:
+    """total += (one @ other)^2, the product in a buffer of the total's shape."""
+    torch.mm(one, other, out=buffer)
+    total.addcmul_(buffer, buffer)
+
+
+def _by_pairs(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """(sum_t g_t x_t)^2 = sum over t, u of (g_t g_u)(x_t x_u): one product over position pairs."""
     n, positions, outputs = grad.shape
     one, other = torch.triu_indices(positions, positions, device=grad.device)  # (pairs,) each
     weight = torch.where(one == other, 1.0, 2.0).to(grad)[:, None]
-    total = grad.new_zeros(outputs, data.shape[2])
+    total = start(into, grad, outputs, data.shape[2])
     pair_bytes = len(one) * (outputs + data.shape[2]) * grad.element_size()
     step = max(1, PAIRS_BYTES // pair_bytes)
-    for start in range(0, n, step):
-        g, x = grad[start : start + step], data[start : start + step]
+    for first in range(0, n, step):
+        g, x = grad[first : first + step], data[first : first + step]
         left = (g[:, one] * g[:, other]).mul_(weight).flatten(0, 1)  # (n pairs, O)
         total.addmm_(left.t(), (x[:, one] * x[:, other]).flatten(0, 1))
     return total
 
 
-def _batched(grad: Tensor, data: Tensor) -> Tensor:
+def _batched(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """A batched product, a bounded number of samples at a time: for accelerators."""
-    total = grad.new_zeros(grad.shape[2], data.shape[2])
+    total = start(into, grad, grad.shape[2], data.shape[2])
     step = max(1, BATCHED_BYTES // (total.numel() * grad.element_size()))
-    for start in range(0, len(grad), step):
-        each = grad[start : start + step].transpose(1, 2) @ data[start : start + step]  # (n, O, D)
+    for first in range(0, len(grad), step):
+        each = grad[first : first + step].transpose(1, 2) @ data[first : first + step]  # (n, O, D)
         total += each.square_().sum(0)
     return total
 
 
-def _one_by_one(grad: Tensor, data: Tensor) -> Tensor:
+def _one_by_one(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """One sample's gradient at a time in one buffer that stays in cache."""
-    total = grad.new_zeros(grad.shape[2], data.shape[2])
+    total = start(into, grad, grad.shape[2], data.shape[2])
     buffer = torch.empty_like(total)
     for g, x in zip(grad.unbind(0), data.unbind(0), strict=True):
-        torch.mm(g.t(), x, out=buffer)
-        total.addcmul_(buffer, buffer)
+        add_square(total, g.t(), x, buffer)
     return total
 
 
-def _tiled(grad: Tensor, data: Tensor) -> Tensor:
-    """All samples over one tile of the result after the other: for results larger than the
+def _tiled(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
+    """All samples over one tile of the (D, O) result after the other: for results larger than the
     cache."""
     outputs, inputs = grad.shape[2], data.shape[2]
-    total = grad.new_zeros(inputs, outputs)
+    total = start(into, grad, inputs, outputs)
     step = max(16, min(inputs, TILE_BYTES // (grad.element_size() * outputs)))
     buffer = grad.new_empty(step, outputs)
     grad = grad.contiguous()
-    for start in range(0, inputs, step):
-        tile = total[start : start + step]
-        part = buffer[: len(tile)]
-        for g, x in zip(grad.unbind(0), data[:, :, start : start + step].unbind(0), strict=True):
-            torch.mm(x.t(), g, out=part)
-            tile.addcmul_(part, part)
-    return total.t()
+    for first in range(0, inputs, step):
+        tile = total[first : first + step]
+        part = data[:, :, first : first + step].transpose(1, 2)  # (N, step, T)
+        for g, x in zip(grad.unbind(0), part.unbind(0), strict=True):
+            add_square(tile, x, g, buffer[: len(tile)])
+    return total

@@ -4,7 +4,7 @@ gradients."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +14,10 @@ from deepclean_hooks.persample.outer import Product
 
 Squares = dict[str, Tensor | Product]
 """Operand name -> sum over the samples of its squared gradient, in the operand's shape."""
+
+
+Into = Mapping[str, Tensor]
+"""Operand name -> a sum of squares to add to, in the operand's shape."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,26 @@ class Rule(ABC):
         """Drops the saved data."""
         self._saved = None
 
-    def squares(self, grad: Tensor, names: Collection[str]) -> Squares:
-        """The sum over samples of the squared gradients of the named operands."""
+    def squares(self, grad: Tensor, names: Collection[str], into: Into) -> Squares:
+        """The sum over samples of the squared gradients of the named operands.
+
+        A rule may add to `into[name]` and return that very tensor: it saves two passes over it.
+        """
         each = self.per_sample(grad, names)
         return {k: g.square().sum(0) for k, g in each.items() if isinstance(g, Tensor)}
 
     @abstractmethod
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         """The gradient of each sample, (N, *operand.shape), for the named operands."""
+
+
+class FusedRule(Rule):
+    """A rule that computes the gradient of the operation's input along with the squares.
+
+    Where both read the same tensors, one pass over them serves both.
+    """
+
+    @abstractmethod
+    def input_gradient(self, grad: Tensor, needed: bool) -> Tensor | None:
+        """The gradient of the operation's input, None if it is not needed; comes first, and may
+        keep what `per_sample` asks for."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from deepclean_hooks.persample.call import Call, Handlers
 from deepclean_hooks.persample.layout import Layout, Unserved
 from deepclean_hooks.persample.outer import squared_outer
-from deepclean_hooks.persample.rule import Carried, Rule, Squares
+from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 from deepclean_hooks.persample.rules.broadcast import meet_batched
 
 
@@ -30,11 +30,12 @@ class Linear(Rule):
     def _rows(self, grad: Tensor) -> Tensor:
         return self.layout.rows(grad, self.n)  # (N, T, O)
 
-    def squares(self, grad: Tensor, names: Collection[str]) -> Squares:
+    def squares(self, grad: Tensor, names: Collection[str], into: Into) -> Squares:
         g = self._rows(grad)
         result: Squares = {}
         if "weight" in names:
-            result["weight"] = squared_outer(g, self.layout.rows(self.saved, self.n))
+            x = self.layout.rows(self.saved, self.n)  # (N, T, D)
+            result["weight"] = squared_outer(g, x, into.get("weight"))
         if "bias" in names:
             result["bias"] = g.sum(1).square().sum(0)
         return result

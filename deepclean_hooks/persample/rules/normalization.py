@@ -17,11 +17,15 @@ from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
 from deepclean_hooks.persample.layout import Layout, Unserved
-from deepclean_hooks.persample.rule import Carried, Rule
+from deepclean_hooks.persample.rule import Carried, FusedRule, Rule
+
+# Positions from which the native backward is used; with 2 x 2 maps it takes 5 times as long as the
+# formula (3.7 against 0.7 ms for 32 x 2,048 maps).
+FOLDED_MAP = 8
 
 
-class BatchNorm(Rule):
-    """Operands: weight (C,) and bias (C,), normalised by running statistics."""
+class BatchNorm(FusedRule):
+    """Operands: weight (C,) and bias (C,), normalised by running statistics (mean, var, w, eps)."""
 
     def __init__(
         self,
@@ -33,42 +37,50 @@ class BatchNorm(Rule):
     ) -> None:
         super().__init__(operands, n, x)
         self.layout, self.statistics = layout, statistics
+        self._each: dict[str, Tensor] = {}
 
-    def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
+    def input_gradient(self, grad: Tensor, needed: bool) -> Tensor | None:
+        """g w / sqrt(var + eps); the sums of the other two come along."""
         g, x = self.layout.images(grad, self.n), self.layout.images(self.saved, self.n)
-        channels = g.shape[2]
-        each = self._folded(g, x, channels) if g.shape[1] == 1 else self._direct(g, x, channels)
-        return {name: each[name] for name in names}
+        if g.shape[1] == 1 and g[0, 0, 0].numel() >= FOLDED_MAP and not grad.is_cuda:
+            return self._folded(g, x, needed)
+        g = g.flatten(3) if g.dim() > 3 else g[..., None]  # (N, R, C, T)
+        mean, var, weight, eps = self.statistics
+        scale = (var + eps).rsqrt()  # (C,)
+        centred = x.reshape(g.shape) - mean[:, None]
+        self._each = {"weight": (g * centred).sum((1, 3)) * scale, "bias": g.sum((1, 3))}
+        if not needed:
+            return None
+        channels = (-1, *[1] * (grad.dim() - 2))
+        return grad * (scale if weight is None else scale * weight).view(channels)
 
-    def _folded(self, g: Tensor, x: Tensor, channels: int) -> dict[str, Tensor | Carried]:
-        """The samples folded into the channels: one native call gives every sample's sums."""
+    def _folded(self, g: Tensor, x: Tensor, needed: bool) -> Tensor | None:
+        """The samples folded into the channels: one native call gives everything.
+
+        With maps of 32 x 32 0.8 times PyTorch's own backward, with 8 x 8 0.83.
+        """
+        n, _, channels, *size = g.shape
         mean, var, weight, eps = self.statistics
         # Contiguous, because the native backward is wrong for a batch of one with channels-last
         # gradients.
-        flat = [t.reshape(1, self.n * channels, -1).contiguous() for t in (g, x)]
-        scale = None if weight is None else weight.repeat(self.n)
-        _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+        flat = [t.reshape(1, n * channels, -1).contiguous() for t in (g, x)]
+        back, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             *flat,
-            scale,
-            mean.repeat(self.n),
-            var.repeat(self.n),
+            None if weight is None else weight.repeat(n),
+            mean.repeat(n),
+            var.repeat(n),
             None,
             None,
             False,
             eps,
-            [False, True, True],
+            [needed, True, True],
         )
-        return {
-            "weight": by_weight.view(self.n, channels),
-            "bias": by_bias.view(self.n, channels),
-        }
+        each = {"weight": by_weight, "bias": by_bias}
+        self._each = {name: t.view(n, channels) for name, t in each.items()}
+        return back.view(n, channels, *size) if needed else None
 
-    def _direct(self, g: Tensor, x: Tensor, channels: int) -> dict[str, Tensor | Carried]:
-        mean, var, _, eps = self.statistics
-        g = g.flatten(3) if g.dim() > 3 else g[..., None]  # (N, R, C, T)
-        x = x.reshape(g.shape)
-        x_hat = (x - mean[:, None]) * (var[:, None] + eps).rsqrt()
-        return {"weight": (g * x_hat).sum((1, 3)), "bias": g.sum((1, 3))}
+    def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
+        return {name: self._each[name] for name in names}
 
 
 class LayerNorm(Rule):
@@ -181,10 +193,12 @@ def meet_batch_norm(call: Call) -> Tensor:
     layout = call.layout(x)
     if layout.dim != 0:
         raise Unserved(f"samples lie in dimension {layout.dim} of a channels-first tensor")
-    out = F.batch_norm(x, mean, var, call.cut(weight), call.cut(bias), False, 0.0, a["eps"])
-    statistics = (mean, var, call.cut(weight), a["eps"])
-    operands = call.operands(weight=weight, bias=bias)
-    return call.serve(out, BatchNorm(operands, call.n, x, layout, statistics))
+    cut = call.cut(weight), call.cut(bias)
+    statistics = (mean, var, cut[0], a["eps"])
+    rule = BatchNorm(call.operands(weight=weight, bias=bias), call.n, x, layout, statistics)
+    return call.serve_fused(
+        lambda t: F.batch_norm(t, mean, var, *cut, False, 0.0, a["eps"]), x, rule
+    )
 
 
 def meet_layer_norm(call: Call) -> Tensor:
