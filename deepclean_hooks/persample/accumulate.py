@@ -16,6 +16,7 @@ from torch import Tensor
 from deepclean_hooks.persample.outer import Product
 
 FLUSH_EVERY = 16
+PRODUCT_BYTES = 2**25  # of a product on its way into its total, at most
 
 
 class Sums:
@@ -26,7 +27,8 @@ class Sums:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        self._totals = {n: torch.zeros_like(p, dtype=dtype) for n, p in parameters.items()}
+        self._parameters, self._dtype = parameters, dtype
+        self._totals: dict[str, Tensor] = {}  # made when first needed: a self-check comes before
         self.scratch: dict[str, Tensor] = {}
         self._products: dict[str, list[Product]] = {}
         self._batches = 0
@@ -36,7 +38,7 @@ class Sums:
         if isinstance(squares, Product):
             self._products.setdefault(name, []).append(squares)
         elif name not in self.scratch:
-            self.scratch[name] = squares.detach().reshape(self._totals[name].shape)
+            self.scratch[name] = squares.detach().reshape(self._parameters[name].shape)
         elif squares.data_ptr() != self.scratch[name].data_ptr():
             self.scratch[name].add_(squares.reshape(self.scratch[name].shape))
 
@@ -49,19 +51,43 @@ class Sums:
         return True
 
     def flush(self) -> None:
-        """Moves what waits into the totals."""
-        for name, scratch in self.scratch.items():
+        """Moves what waits into the totals, one tensor after the other."""
+        for name in {*self.scratch, *self._products}:
+            self._flush(name)
+
+    def take(self, name: str) -> Tensor:
+        """One sum, which is no longer kept here afterwards."""
+        self._flush(name)
+        total = self._total(name)
+        del self._totals[name]
+        return total
+
+    def _flush(self, name: str) -> None:
+        scratch = self.scratch.pop(name, None)
+        if scratch is not None and name in self._totals:
             self._totals[name].add_(scratch)
-        for name, products in self._products.items():
-            joined = Product(
-                torch.cat([p.left for p in products]), torch.cat([p.right for p in products])
-            )
-            total = self._totals[name]
-            total.add_(joined.value().reshape(total.shape))
-        self.scratch.clear()
-        self._products.clear()
+        elif scratch is not None:
+            self._totals[name] = scratch.to(self._dtype)
+        if name in self._products:
+            self._multiply_out(self._total(name), self._products.pop(name))
+
+    def _total(self, name: str) -> Tensor:
+        if name not in self._totals:
+            like = self._parameters[name]
+            self._totals[name] = torch.zeros_like(like, dtype=self._dtype, requires_grad=False)
+        return self._totals[name]
+
+    @staticmethod
+    def _multiply_out(total: Tensor, products: list[Product]) -> None:
+        left = torch.cat([p.left for p in products])  # (N, O)
+        right = torch.cat([p.right for p in products])  # (N, D)
+        flat = total.view(left.shape[1], right.shape[1])
+        step = max(1, PRODUCT_BYTES // (right.shape[1] * right.element_size()))
+        for first in range(0, len(flat), step):
+            part = Product(left[:, first : first + step], right)
+            flat[first : first + step] += part.value()
 
     def totals(self) -> dict[str, Tensor]:
-        """The sums, flushed; they stay ours until this object is dropped."""
+        """The sums, flushed, of every parameter; they stay ours until this object is dropped."""
         self.flush()
-        return self._totals
+        return {name: self._total(name) for name in self._parameters}

@@ -135,8 +135,11 @@ class SquaredGradients:
         except Exception as reason:
             plan.demote(dict.fromkeys(checked, f"self-check: {reason}"))
             return
-        truth = loop.squared_gradients(self.model, checked, self.loss_fn, few)
-        plan.demote(probe.disagreements(trial.totals(), truth))
+        truth = (
+            loop.squared_gradients(self.model, group, self.loss_fn, few)
+            for group in probe.groups(checked, self.memory_budget)
+        )
+        plan.demote(probe.disagreements(trial.take, truth))
 
     def _forward(self, batch: Batch, plan: Plan) -> tuple[ServedPass, Tensor]:
         """A served forward pass of the batch: the pass with its uses, and the loss of each

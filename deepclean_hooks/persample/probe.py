@@ -3,7 +3,7 @@ the loop."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -111,18 +111,38 @@ def _mixing(model: nn.Module) -> str:
     )
 
 
-def disagreements(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> dict[str, str]:
-    """The parameters whose sums differ from the truth by more than rounding, each with by how
-    much."""
-    if not truth:
-        return {}
-    largest = max(float(t.abs().max()) for t in truth.values() if t.numel())
+def groups(parameters: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Tensor]]:
+    """The parameters in groups of at most `most` bytes, or of one parameter that is larger."""
+    group: dict[str, Tensor] = {}
+    held = 0
+    for name, parameter in parameters.items():
+        size = parameter.numel() * parameter.element_size()
+        if group and held + size > most:
+            yield group
+            group, held = {}, 0
+        group[name] = parameter
+        held += size
+    if group:
+        yield group
+
+
+def disagreements(
+    take: Callable[[str], Tensor], truth: Iterable[Mapping[str, Tensor]]
+) -> dict[str, str]:
+    """The parameters whose sums differ from the truth by more than rounding, each with by how much.
+
+    `take(name)` gives up our sum, `truth` comes in groups, so that neither is held for all.
+    """
+    errors: dict[str, tuple[float, float, torch.dtype]] = {}  # (difference, largest entry, dtype)
+    for group in truth:
+        for name, expected in group.items():
+            if expected.numel():
+                difference = take(name).sub_(expected).abs_().max()
+                errors[name] = float(difference), float(expected.max()), expected.dtype
+    largest = max((size for _, size, _ in errors.values()), default=0.0)
     found: dict[str, str] = {}
-    for name, expected in truth.items():
-        if not expected.numel():
-            continue
-        scale = max(float(expected.abs().max()), ZERO.get(expected.dtype, 1e-6) * largest)
-        error = float((ours[name] - expected).abs().max())
-        if not error <= TOLERANCE.get(expected.dtype, 0.1) * scale:
+    for name, (error, own, dtype) in errors.items():
+        scale = max(own, ZERO.get(dtype, 1e-6) * largest)
+        if not error <= TOLERANCE.get(dtype, 0.1) * scale:
             found[name] = f"self-check: off by {error / scale if scale else error:.1e}"
     return found

@@ -83,6 +83,11 @@ class BatchNorm(FusedRule):
         return {name: self._each[name] for name in names}
 
 
+# Entries of a sample from which PyTorch's own backward, a sample at a time, wins over the formula:
+# 0.73 against 1.59 ms for (32, 49, 768), but 0.41 against 0.26 ms for (32, 37, 192).
+NATIVE_SAMPLE = 1 << 14
+
+
 class LayerNorm(Rule):
     """Operands: weight and bias of the normalised shape; statistics (mean, rstd) come from the
     forward."""
@@ -101,7 +106,8 @@ class LayerNorm(Rule):
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         blocks = self.layout.blocks(self.saved.shape)
-        if blocks == 1 and not grad.is_cuda and "weight" in names:
+        large = grad[0].numel() >= NATIVE_SAMPLE and not grad.is_cuda
+        if blocks == 1 and large and "weight" in names:
             return self._native(grad, names)
         size = math.prod(self.shape)
         g = self._positions(grad, blocks, size)

@@ -1,0 +1,102 @@
+"""Peak memory of the exact Fisher diagonal over that of a plain forward and backward.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py [--json FILE]
+
+Each is run in a process of its own; what counts is the peak above the process with the model and
+the batch loaded. The result itself (8 bytes an entry) is given beside the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepclean_hooks import measure
+from deepclean_hooks.persample.engine import SquaredGradients
+from deepclean_hooks.report import versions
+from fisher import MODELS, exact, plain
+from machine import machine
+
+MIB = 2**20
+
+
+def peak() -> int:
+    """The process's highest resident memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident() -> int:
+    """The process's resident memory now, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def grown(name: str, what: str) -> None:
+    """Prints by how many bytes the peak rises above the loaded model and batches."""
+    build, size, batch_size = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    batches = [
+        (torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,)))
+        for _ in range(3)
+    ]
+    with measure.no_trace(model):
+        parameters = dict(model.named_parameters())
+        before = resident()
+        if what == "plain":
+            plain(model, batches)
+        else:
+            exact(SquaredGradients(model, parameters), batches)
+        print(peak() - before)
+
+
+def measured(name: str, what: str) -> int:
+    command = [sys.executable, __file__, "--one", name, what]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(ran.stdout.split()[-1])
+
+
+def row(name: str) -> dict[str, Any]:
+    entries = sum(p.numel() for p in MODELS[name][0]().parameters())
+    base, ours = measured(name, "plain"), measured(name, "exact")
+    return {
+        "model": name,
+        "entries": entries,
+        "plain_mib": base / MIB,
+        "exact_mib": ours / MIB,
+        "result_mib": 8 * entries / MIB,
+        "ratio_beside_the_result": (ours - 8 * entries) / base,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        grown(*options.one)
+        return
+    rows = []
+    for name in options.models:
+        rows.append(row(name))
+        print(
+            "{model:24} plain {plain_mib:6.0f} MiB   exact {exact_mib:6.0f} MiB, of which result "
+            "{result_mib:6.0f}   ratio beside it {ratio_beside_the_result:.2f}".format(**rows[-1]),
+            flush=True,
+        )
+    if options.json:
+        told = {"machine": machine(), "versions": versions(), "rows": rows}
+        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
