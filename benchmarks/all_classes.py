@@ -60,6 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of data order and split")
     parser.add_argument("--epochs", type=int, default=3, help="of fine-tuning (default: 3)")
     parser.add_argument("--limit", type=int, help="use this many images of each split only")
+    parser.add_argument("--device", default="cpu", help="where the data and networks lie")
     parser.add_argument("--output", type=Path, help="default: in benchmarks/results")
     return parser.parse_args()
 
@@ -69,8 +70,11 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, output: Path) -> None:
         self.options, self.output = options, output
-        self.train, self.test = cifar10(options.data_dir, limit=options.limit)
-        self.original = resnet20(options.checkpoint).eval()
+        sets = cifar10(options.data_dir, limit=options.limit)
+        self.train, self.test = (
+            TensorDataset(*(t.to(options.device) for t in one.tensors)) for one in sets
+        )
+        self.original = resnet20(options.checkpoint).to(options.device).eval()
 
     def scenario(self, label: int | None, seed: int) -> Scenario:
         gamma = GAMMA[self.options.scenario]
@@ -83,7 +87,7 @@ class Bench:
         path = self.output.with_suffix(".fisher.safetensors")
         if not path.exists():
             deepclean.fisher_diagonal(self.original, self.train, batch_size=BATCH).save(path)
-        return deepclean.FisherDiagonal.load(path)
+        return deepclean.FisherDiagonal.load(path, self.options.device)
 
     def inputs(self) -> InputGrams:
         """Of the whole training set, every layer."""
@@ -97,7 +101,7 @@ class Bench:
                 name="train",
                 progress=True,
             ).save(path)
-        return InputGrams.load(path)
+        return InputGrams.load(path, self.options.device)
 
     def few(self, scenario: Scenario, seed: int) -> tuple[Subset[Any], Subset[Any]]:
         """The samples that the projection is computed from."""

@@ -9,32 +9,83 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deepclean_hooks._version import __version__
+from deepclean_hooks.batch_mean import BatchMean
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
 from deepclean_hooks.guard import Guard, GuardError
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.methods import DeepClean, Method
+from deepclean_hooks.methods import (
+    ASSD,
+    CT,
+    LFSSD,
+    MSG,
+    SCRUB,
+    SSD,
+    Amnesiac,
+    BadTeaching,
+    ClassProjection,
+    DeepClean,
+    FineTune,
+    FisherForgetting,
+    FisherMask,
+    L1Sparse,
+    Method,
+    NegGradPlus,
+    RandomLabel,
+    Retrain,
+    SalUn,
+)
 from deepclean_hooks.persample.explain import Explanation, explain
 from deepclean_hooks.report import Report
 from deepclean_hooks.session import Session
 
 if TYPE_CHECKING:
+    from deepclean_hooks.integrations.accelerator import DeepCleanHook
+    from deepclean_hooks.integrations.classifier import ImageClassifier
     from deepclean_hooks.integrations.loop import unlearning
     from deepclean_hooks.integrations.recipe import unlearn
+    from deepclean_hooks.integrations.trainer import DeepCleanCallback
 
 # Adapters are loaded when first asked for: some need libraries that the core does not.
-_ADAPTERS = {"unlearning": "loop", "unlearn": "recipe"}
+_ADAPTERS = {
+    "DeepCleanCallback": "trainer",
+    "DeepCleanHook": "accelerator",
+    "ImageClassifier": "classifier",
+    "unlearn": "recipe",
+    "unlearning": "loop",
+}
 
 __all__ = [
+    "ASSD",
+    "CT",
+    "LFSSD",
+    "MSG",
+    "SCRUB",
+    "SSD",
+    "Amnesiac",
+    "BadTeaching",
+    "BatchMean",
+    "ClassProjection",
     "DeepClean",
+    "DeepCleanCallback",
+    "DeepCleanHook",
     "Evaluation",
     "Explanation",
+    "FineTune",
     "FisherDiagonal",
+    "FisherForgetting",
+    "FisherMask",
     "Guard",
     "GuardError",
+    "ImageClassifier",
+    "L1Sparse",
     "LossFn",
     "Method",
+    "NegGradPlus",
+    "RandomLabel",
     "Report",
+    "Retrain",
+    "SalUn",
     "Session",
     "__version__",
     "evaluate",
@@ -50,4 +101,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.integrations.{_ADAPTERS[name]}"), name)
+    try:
+        adapter = import_module(f"{__name__}.integrations.{_ADAPTERS[name]}")
+    except ModuleNotFoundError as missing:
+        raise ImportError(
+            f"{name} needs {missing.name}: pip install 'deepclean-hooks[trainer]'"
+        ) from missing
+    return getattr(adapter, name)

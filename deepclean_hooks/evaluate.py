@@ -1,5 +1,5 @@
-"""What a model knows of the forget, retain and test sets, and the gap of each figure to a gold
-model.
+"""What a model knows of the forget, retain and test sets, and the gap of each figure to gold
+models.
 
 N: samples of a set, C: classes.
 """
@@ -7,17 +7,30 @@ N: samples of a set, C: classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import losses, measure, ranks
-from deepclean_hooks.batches import Batch
+from deepclean_hooks import measure, ranks
 from deepclean_hooks.measure import Data, Samples
 from deepclean_hooks.membership import Membership, entropy_attack
+from deepclean_hooks.metrics.attack import Attack, confidence_svc, loss_regression, thresholds
+from deepclean_hooks.metrics.calibration import calibration_error
+from deepclean_hooks.metrics.distance import ZRF, Measured, to_gold, zrf
+from deepclean_hooks.metrics.gold import AVERAGE_GAP, Spread, average_gap, spreads
+from deepclean_hooks.metrics.histogram import histograms
+from deepclean_hooks.metrics.outputs import Outputs, collect
+from deepclean_hooks.metrics.probe import MEANING as PROBE
+from deepclean_hooks.metrics.probe import linear_probe
+from deepclean_hooks.metrics.rmia import rmia
+
+NO_GOLD = "it needs a gold model: pass gold="
+NO_UNTRAINED = "it needs an untrained model: pass untrained="
+_NO_PROBE = Measured(PROBE, reason="not asked for (pass probe=True)")
+_NO_ZRF = Measured(ZRF, reason=NO_UNTRAINED)
+_NO_AVERAGE = Measured(AVERAGE_GAP, reason=NO_GOLD)
 
 
 @dataclass(frozen=True)
@@ -34,19 +47,25 @@ class SetScore:
     """The figures of one set, means over its samples; accuracy in per cent, loss in nats a sample.
 
     `per_class` holds the classes that occur among the set's labels, in order, and no others.
+    `calibration_error`: the expected calibration error in per cent, 15 bins of equal width.
     """
 
     count: int
     accuracy: float
     loss: float
     per_class: dict[int, ClassScore]
+    calibration_error: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one model, by set name, and the same of the gold model if one was given.
+    """The figures of one model, by set name, and the same of the gold models if any were given.
 
-    `seconds` is the wall-clock time spent on this model; the gold model's is in `gold`.
+    `membership` is the entropy attack of DeepClean and SSD, `attacks` all others by name;
+    `distances` are to the gold models. `gaps`: this model's figures minus the mean of the gold
+    models' (`golds`, of which `gold` is the first); `spread`: each figure among the gold models.
+    `seconds` is the wall-clock time spent on this model. `outputs` holds the outputs by sample, for
+    figures of your own, and is not part of `to_dict`.
     """
 
     sets: dict[str, SetScore]
@@ -54,19 +73,40 @@ class Evaluation:
     seconds: float
     gold: Evaluation | None = None
     gaps: dict[str, float] = field(default_factory=dict)
+    attacks: dict[str, Attack] = field(default_factory=dict)
+    distances: dict[str, Measured] = field(default_factory=dict)
+    probe: Measured = _NO_PROBE
+    zrf: Measured = _NO_ZRF
+    average_gap: Measured = _NO_AVERAGE
+    golds: tuple[Evaluation, ...] = ()
+    spread: dict[str, Spread] = field(default_factory=dict)
+    histograms: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    outputs: dict[str, Outputs] = field(default_factory=dict, repr=False, compare=False)
 
     def figures(self) -> dict[str, float]:
-        """Every figure by name: `forget.accuracy`, `forget.loss`, `forget.3.accuracy` (class 3),
-        `membership.rate`."""
+        """Every figure by name: `forget.accuracy`, `forget.loss`, `forget.calibration_error`,
+        `forget.3.accuracy` (class 3), `membership.rate`, `attack.loss_regression.accuracy`."""
         named: dict[str, float] = {}
         for name, scores in self.sets.items():
             named[f"{name}.accuracy"], named[f"{name}.loss"] = scores.accuracy, scores.loss
+            named[f"{name}.calibration_error"] = scores.calibration_error
             for label, one in scores.per_class.items():
                 named[f"{name}.{label}.accuracy"] = one.accuracy
                 named[f"{name}.{label}.loss"] = one.loss
         if self.membership.rate is not None:
             named["membership.rate"] = self.membership.rate
+        for name, attack in self.attacks.items():
+            named |= {f"attack.{name}.{figure}": v for figure, v in attack.figures.items()}
+        for name, measured in (("probe", self.probe), ("zrf", self.zrf)):
+            if measured.value is not None:
+                named[name] = measured.value
         return named
+
+    def within_spread(self) -> dict[str, bool]:
+        """For each gap whether it is no larger than the largest difference between two gold models;
+        empty with fewer than two of these."""
+        held = {name: self.spread[name].holds(gap) for name, gap in self.gaps.items()}
+        return {name: one for name, one in held.items() if one is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and dicts, the same after a round trip through JSON."""
@@ -79,22 +119,42 @@ class Evaluation:
                 for name, scores in self.sets.items()
             },
             "membership": dict(vars(self.membership)),
+            "attacks": {name: attack.to_dict() for name, attack in self.attacks.items()},
+            "distances": {name: dict(vars(one)) for name, one in self.distances.items()},
+            "probe": dict(vars(self.probe)),
+            "zrf": dict(vars(self.zrf)),
+            "average_gap": dict(vars(self.average_gap)),
+            "histograms": {name: dict(counts) for name, counts in self.histograms.items()},
             "seconds": self.seconds,
             "gaps": dict(self.gaps),
+            "spread": {name: dict(vars(one)) for name, one in self.spread.items()},
+            "within_spread": self.within_spread(),
             "gold": None if self.gold is None else self.gold.to_dict(),
         }
 
     def __str__(self) -> str:
-        """The figures as a table, each with its gap to the gold model."""
-        head = f"{'':12}{'samples':>9}{'accuracy %':>20}{'loss':>22}"
+        """The figures as a table, each with its gap to the gold models."""
+        head = f"{'':12}{'samples':>9}{'accuracy %':>20}{'loss':>22}{'calibration %':>20}"
         lines = [head + ("    (in brackets: minus gold)" if self.gaps else "")]
         for name, scores in self.sets.items():
             accuracy = self._with_gap(f"{name}.accuracy", f"{scores.accuracy:.2f}", ".2f")
             loss = self._with_gap(f"{name}.loss", f"{scores.loss:.4f}", ".4f")
-            lines.append(f"{name:12}{scores.count:>9}{accuracy:>20}{loss:>22}")
+            off = scores.calibration_error
+            error = self._with_gap(f"{name}.calibration_error", f"{off:.2f}", ".2f")
+            lines.append(f"{name:12}{scores.count:>9}{accuracy:>20}{loss:>22}{error:>20}")
         for name, scores in self.sets.items():
             lines.append(f"{name} by class, accuracy %: {_by_class(scores)}")
         lines.append(self._membership_line())
+        lines += [self._attack_line(name, attack) for name, attack in self.attacks.items()]
+        others = {"probe": self.probe, "zrf": self.zrf, "average gap": self.average_gap}
+        lines += [self._measured_line(n, one) for n, one in {**self.distances, **others}.items()]
+        if self.golds[1:]:
+            inside = self.within_spread()
+            outside = [name for name, within in inside.items() if not within]
+            lines.append(
+                f"{len(inside) - len(outside)} of {len(inside)} gaps are within what the "
+                f"{len(self.golds)} gold models differ by; beyond it: {', '.join(outside) or '-'}"
+            )
         lines.append(f"seconds: {self.seconds:.2f}")
         return "\n".join(lines)
 
@@ -112,6 +172,24 @@ class Evaluation:
             f"{found.attacker_accuracy:.1f} % of these (balanced)"
         )
 
+    def _attack_line(self, name: str, attack: Attack) -> str:
+        told = [
+            f"{figure} {self._with_gap(f'attack.{name}.{figure}', f'{value:.3f}', '.3f')}"
+            for figure, value in attack.figures.items()
+        ]
+        told += [f"{figure} not computed: {why}" for figure, why in attack.reasons.items()]
+        return f"attack {name}: {'; '.join(told)}"
+
+    def _measured_line(self, name: str, one: Measured) -> str:
+        if one.value is None:
+            return f"{name}: not computed: {one.reason}"
+        among = "" if one.gold_to_gold is None else f" (between gold models {one.gold_to_gold:.4f})"
+        return f"{name}: {self._with_gap(name, f'{one.value:.4f}', '.4f')}{among}"
+
+
+Gold = nn.Module | Evaluation | Sequence[nn.Module | Evaluation]
+"""What a model is compared with: one or several, trained without the forget set."""
+
 
 def evaluate(
     model: nn.Module,
@@ -120,20 +198,25 @@ def evaluate(
     retain: Data | Samples | None = None,
     test: Data | Samples | None = None,
     forget_test: Data | Samples | None = None,
-    gold: nn.Module | Evaluation | None = None,
+    gold: Gold | None = None,
+    untrained: nn.Module | None = None,
     batch_size: int | None = None,
     collate_fn: Any = None,
     membership: bool = True,
+    probe: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Accuracy, loss and membership inference of a model on the sets given, each sample once over
-    all ranks.
+    """Accuracy, loss, calibration, membership inference and distances to gold of a model on the
+    sets given, each sample once over all ranks, in one forward pass of each model over each set.
 
     `forget_test` is the part of the test data that resembles the forget set (a forgotten class,
     say); membership inference needs forget, retain and test. `gold` is a model trained without the
-    forget set, or its Evaluation on the same sets. The model runs in eval mode, without autocast,
-    half-precision weights as float32, and is left as it was. Raises ValueError for no or an empty
-    set, for outputs that are NaN, and for a gold Evaluation of other data.
+    forget set, or its Evaluation on the same sets, or several of either, whose differences say how
+    large a gap means nothing. `untrained`, a model of the same kind with fresh weights, is for ZRF;
+    `probe=True` asks for the linear probe. The models run in eval mode, without autocast,
+    half-precision weights as float32, and are left as they were. What cannot be computed says why.
+    Raises ValueError for no or an empty set, for outputs that are NaN, and for a gold Evaluation of
+    other data.
     """
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     with ranks.fail_together():
@@ -146,89 +229,93 @@ def evaluate(
         }
     if not sets:
         raise ValueError(f"evaluate needs at least one of {', '.join(given)}; none was given")
-    if isinstance(gold, Evaluation):
-        _require_same_data(gold, sets)
-    result = _evaluate(model, sets, membership)
+    golds = _several(gold)
+    for one in golds:
+        if isinstance(one, Evaluation):
+            _require_same_data(one, sets)
+    run = _Run(sets, untrained, membership, probe, progress)
+    result = run.of(model)
+    known = [one if isinstance(one, Evaluation) else run.of(one) for one in golds]
+    return _against(known, result, membership) if known else result
+
+
+def _several(gold: Gold | None) -> list[nn.Module | Evaluation]:
     if gold is None:
-        return result
-    if isinstance(gold, nn.Module):
-        gold = _evaluate(gold, sets, membership)
-    return _against(gold, result)
+        return []
+    # A model may be a sequence itself: nn.Sequential, nn.ModuleList.
+    several = [gold] if isinstance(gold, nn.Module | Evaluation) else list(gold)
+    for one in several:
+        if not isinstance(one, nn.Module | Evaluation):
+            raise TypeError(f"gold must be a model, an Evaluation or several of these, got {one!r}")
+    return several
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """What is kept of a model's outputs on a set; every tensor is (N,) and on the CPU."""
+class _Run:
+    """One call of `evaluate`: the same sets and questions for each model."""
 
-    labels: Tensor  # int64
-    correct: Tensor  # bool
-    loss: Tensor  # float64
-    entropy: Tensor  # float64
+    def __init__(
+        self,
+        sets: Mapping[str, Samples],
+        untrained: nn.Module | None,
+        attacked: bool,
+        probed: bool,
+        progress: bool,
+    ) -> None:
+        self.sets, self.attacked, self.probed, self.progress = sets, attacked, probed, progress
+        self.untrained: Tensor | None = None
+        self.no_zrf = NO_UNTRAINED
+        if untrained is not None and "forget" in sets:
+            self.untrained = self._outputs(untrained, "forget").logits
+        if untrained is not None and self.untrained is None:
+            self.no_zrf = "it needs a forget set whose logits are kept"
 
-
-def _evaluate(model: nn.Module, sets: Mapping[str, Samples], attacked: bool) -> Evaluation:
-    start = time.perf_counter()
-    outputs = {name: _outputs(model, source, name) for name, source in sets.items()}
-    scores = {name: _score(one) for name, one in outputs.items()}
-    found = _membership(outputs, attacked)
-    return Evaluation(scores, found, time.perf_counter() - start)
-
-
-def _outputs(model: nn.Module, source: Samples, name: str, progress: bool) -> _Outputs:
-    rows: list[Tensor] = []
-    label = f"evaluate: {name}" if progress else None
-    with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
-        device = measure.device_of(inner)
-        with ranks.fail_together():
-            for batch in measure.walk(
-                source, device=device, dtype=dtype, name=name, progress=label
-            ):
-                with torch.no_grad():
-                    rows.append(_rows(inner, batch, name))
-    mine = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.float64)
-    table = _in_index_order(ranks.gather(mine))
-    if not len(table):
-        raise ValueError(f"{name} is empty: its loader gave 0 samples")
-    labels, correct, loss, entropy = table.unbind(1)
-    return _Outputs(labels.long(), correct.bool(), loss, entropy)
-
-
-def _rows(model: nn.Module, batch: Batch, name: str) -> Tensor:
-    """Label, correctness, loss and entropy of each sample, (N, 4) in float64 on the CPU."""
-    logits, labels = losses.logits_and_labels(model, batch)
-    # On the CPU because not every accelerator has float64; it holds labels exactly up to 2^53.
-    logits, labels = logits.to("cpu").double(), labels.to("cpu")
-    log_p = torch.log_softmax(logits, dim=1)  # (N, C)
-    loss = -log_p.gather(1, labels.unsqueeze(1)).squeeze(1)
-    entropy = torch.special.entr(log_p.exp()).sum(dim=1)
-    bad = torch.isnan(log_p).any(dim=1)
-    if bad.any():
-        raise ValueError(
-            f"the model's output for sample {int(bad.nonzero()[0])} of a batch of {name} is NaN or "
-            "infinite; check the model's weights and the input for NaN or infinity"
+    def of(self, model: nn.Module) -> Evaluation:
+        start = time.perf_counter()
+        outputs = {name: self._outputs(model, name) for name in self.sets}
+        logits = outputs["forget"].logits if "forget" in outputs else None
+        scores = {name: _score(one) for name, one in outputs.items()}
+        found = _membership(outputs, self.attacked)
+        probe = linear_probe(outputs, self.probed)
+        drawn = {name: histograms(one) for name, one in outputs.items()}
+        attacks = _attacks(outputs) if self.attacked else {}
+        return Evaluation(
+            scores,
+            found,
+            time.perf_counter() - start,
+            attacks=attacks,
+            distances=to_gold(None, [], NO_GOLD),
+            probe=probe,
+            zrf=zrf(logits, self.untrained, self.no_zrf),
+            histograms=drawn,
+            # Features, by far the most of it, have served the probe.
+            outputs={
+                name: replace(one, features=None, positions=None) for name, one in outputs.items()
+            },
         )
-    return torch.stack([labels.double(), (logits.argmax(1) == labels).double(), loss, entropy], 1)
+
+    def _outputs(self, model: nn.Module, name: str) -> Outputs:
+        return collect(
+            model,
+            self.sets[name],
+            name,
+            logits=name == "forget",
+            features=self.probed,
+            progress=self.progress,
+        )
 
 
-def _in_index_order(parts: list[Tensor]) -> Tensor:
-    # Rank r walked the samples r, r + world, ...: put back, sums do not depend on the ranks.
-    whole = torch.empty(sum(len(part) for part in parts), 4, dtype=torch.float64)
-    for rank, part in enumerate(parts):
-        whole[rank :: len(parts)] = part
-    return whole
-
-
-def _score(outputs: _Outputs) -> SetScore:
+def _score(outputs: Outputs) -> SetScore:
     per_class = {}
     for label in sorted(set(outputs.labels.tolist())):
         among = outputs.labels == label
         count, right = int(among.sum()), int(outputs.correct[among].sum())
         per_class[label] = ClassScore(count, 100 * right / count, float(outputs.loss[among].mean()))
     count, right = len(outputs.labels), int(outputs.correct.sum())
-    return SetScore(count, 100 * right / count, float(outputs.loss.mean()), per_class)
+    off = calibration_error(outputs.highest, outputs.correct)
+    return SetScore(count, 100 * right / count, float(outputs.loss.mean()), per_class, off)
 
 
-def _membership(outputs: Mapping[str, _Outputs], asked: bool) -> Membership:
+def _membership(outputs: Mapping[str, Outputs], asked: bool) -> Membership:
     if not asked:
         return Membership(reason="not asked for (membership=False)")
     missing = [name for name in ("forget", "retain", "test") if name not in outputs]
@@ -241,6 +328,15 @@ def _membership(outputs: Mapping[str, _Outputs], asked: bool) -> Membership:
     )
 
 
+def _attacks(outputs: dict[str, Outputs]) -> dict[str, Attack]:
+    return {
+        "confidence_svc": confidence_svc(outputs),
+        "loss_regression": loss_regression(outputs),
+        **thresholds(outputs),
+        "rmia": rmia(outputs, []),
+    }
+
+
 def _require_same_data(gold: Evaluation, sets: Mapping[str, Samples]) -> None:
     missing = [name for name in sets if name not in gold.sets]
     if missing:
@@ -250,7 +346,43 @@ def _require_same_data(gold: Evaluation, sets: Mapping[str, Samples]) -> None:
         )
 
 
-def _against(gold: Evaluation, result: Evaluation) -> Evaluation:
+def _against(golds: list[Evaluation], result: Evaluation, attacked: bool) -> Evaluation:
+    for gold in golds:
+        _require_same_samples(gold, result)
+    if attacked:
+        result = _with_rmia(result, golds)
+        golds = [
+            _with_rmia(one, golds[:i] + golds[i + 1 :]) if len(golds) > 1 else one
+            for i, one in enumerate(golds)
+        ]
+    figures = [one.figures() for one in golds]
+    spread = spreads(figures)
+    gaps = {
+        name: figure - spread[name].mean
+        for name, figure in result.figures().items()
+        if name in spread
+    }
+    logits = [one.outputs["forget"].logits for one in (result, *golds) if "forget" in one.outputs]
+    why = "it needs a forget set whose logits are kept"
+    if logits:
+        why = next(iter(result.outputs["forget"].reasons), why)
+    return replace(
+        result,
+        gold=golds[0],
+        golds=tuple(golds),
+        gaps=gaps,
+        spread=spread,
+        distances=to_gold(logits[0] if logits else None, logits[1:], why),
+        average_gap=average_gap(gaps, figures),
+    )
+
+
+def _with_rmia(one: Evaluation, references: list[Evaluation]) -> Evaluation:
+    found = rmia(one.outputs, [other.outputs for other in references])
+    return replace(one, attacks={**one.attacks, "rmia": found})
+
+
+def _require_same_samples(gold: Evaluation, result: Evaluation) -> None:
     for name, scores in result.sets.items():
         ours = {label: one.count for label, one in scores.per_class.items()}
         theirs = {label: one.count for label, one in gold.sets[name].per_class.items()}
@@ -259,13 +391,6 @@ def _against(gold: Evaluation, result: Evaluation) -> Evaluation:
                 f"the gold Evaluation is of another {name} set: samples by class {theirs}, here "
                 f"{ours}; pass the gold model itself"
             )
-    reference = gold.figures()
-    gaps = {
-        name: figure - reference[name]
-        for name, figure in result.figures().items()
-        if name in reference
-    }
-    return Evaluation(result.sets, result.membership, result.seconds, gold, gaps)
 
 
 def _by_class(scores: SetScore, most: int = 20) -> str:

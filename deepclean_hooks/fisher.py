@@ -7,161 +7,43 @@ labels, in eval mode.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepclean_hooks import batches, bits, losses, measure, ranks, shards
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measure import Data, Samples
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.persample.engine import (
     DEFAULT_MEMORY_BUDGET,
     NonFiniteGradient,
+    Plans,
     SquaredGradients,
 )
 from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
 
 Predicate = Callable[[str, nn.Parameter], bool]
-_FORMAT = "deepclean-hooks fisher diagonal 1"
 
 
-@dataclass(frozen=True)
-class FisherDiagonal:
+class FisherDiagonal(Measurement):
     """Sums of squared per-sample gradients and how many samples they are of.
 
     `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype; owned by
     this object. `samples`: (count,) int64 on the CPU, sorted: one 64-bit fingerprint of each
     sample's content. `settings`: how it was obtained (digest of the model, loss, estimator, dtypes,
-    versions), compared by `+` and `-`.
+    versions), compared by `+` and `-`. Where rounding leaves a negative difference, `-` puts 0.
     """
 
-    sums: dict[str, Tensor]
-    count: int
-    samples: Tensor
-    settings: dict[str, Any] = field(default_factory=dict)
+    noun = "diagonal"
+    file_format = "deepclean-hooks fisher diagonal 1"
 
-    def mean(self) -> dict[str, Tensor]:
-        """The Fisher diagonal itself: the sums divided by the number of samples, by name."""
-        return {name: total / self.count for name, total in self.sums.items()}
-
-    def __add__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """The diagonal of both sets together, measured on the same model."""
-        self._require_same_origin(other)
-        sums = {name: total + other.sums[name] for name, total in self.sums.items()}
-        samples = torch.cat([self.samples, other.samples]).sort().values
-        return FisherDiagonal(sums, self.count + other.count, samples, self.settings)
-
-    def __sub__(self, other: FisherDiagonal) -> FisherDiagonal:
-        """The diagonal of this set without the other's samples, all of which must be in it.
-
-        Negative entries, which rounding leaves where the difference is 0, become 0.
-        """
-        self._require_same_origin(other)
-        left = Counter(self.samples.tolist())
-        left.subtract(other.samples.tolist())
-        foreign = sum(-n for n in left.values() if n < 0)
-        if foreign:
-            raise ValueError(
-                f"{foreign} of the {other.count} samples to take out are not among the "
-                f"{self.count} of this diagonal; measure them from the same data set with the same "
-                "preprocessing"
-            )
-        sums = {n: (total - other.sums[n]).clamp_min_(0) for n, total in self.sums.items()}
-        samples = torch.tensor(sorted(left.elements()), dtype=torch.int64)
-        return FisherDiagonal(sums, self.count - other.count, samples, self.settings)
-
-    def restricted_to(self, names: Iterable[str]) -> FisherDiagonal:
-        """The same diagonal for these parameters only; raises ValueError for one that was not
-        measured."""
-        missing = sorted(set(names) - self.sums.keys())
-        if missing:
-            raise ValueError(
-                f"the stored diagonal lacks {missing[:3]}; measure it without parameters=, which "
-                "covers all"
-            )
-        sums = {name: self.sums[name] for name in names}
-        return FisherDiagonal(sums, self.count, self.samples, self.settings)
-
-    def contains(self, other: FisherDiagonal) -> int:
-        """How many of the other's samples are among this diagonal's, by content."""
-        return sum((Counter(self.samples.tolist()) & Counter(other.samples.tolist())).values())
-
-    def _require_same_origin(self, other: FisherDiagonal) -> None:
-        for key, what in (("model", "model weights"), ("loss", "loss"), ("estimator", "estimator")):
-            if self.settings.get(key) != other.settings.get(key):
-                raise ValueError(
-                    f"the two diagonals are of different {what} ({_short(self.settings.get(key))} "
-                    f"and {_short(other.settings.get(key))}); measure both on the same model in "
-                    "the same way"
-                )
-        missing = sorted(self.sums.keys() ^ other.sums.keys())
-        if missing:
-            raise ValueError(
-                f"the two diagonals cover different parameters, for instance {missing[:3]}; "
-                "measure both with the same parameters="
-            )
-
-    def require_model(self, model: nn.Module) -> None:
-        """Raises ValueError if this diagonal was measured on other weights than the model now
-        has."""
-        found = bits.digest(state_tensors(unwrap(model)))
-        if self.settings.get("model") != found:
-            raise ValueError(
-                f"the stored diagonal belongs to the model {_short(self.settings.get('model'))}, "
-                f"this model is {_short(found)}: its weights or buffers differ; measure again, or "
-                "load the weights that the diagonal was measured on"
-            )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; the settings are its metadata."""
-        target = Path(path)
-        tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
-        tensors["samples"] = self.samples
-        metadata = {
-            "format": _FORMAT,
-            "count": str(self.count),
-            "settings": json.dumps(self.settings),
-        }
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> FisherDiagonal:
-        """Reads what `save` wrote; raises ValueError for another file."""
-        with safe_open(os.fspath(path), framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{os.fspath(path)} is no stored Fisher diagonal (format "
-                    f"{metadata.get('format')!r}); write one with FisherDiagonal.save"
-                )
-            keys = file.keys()  # safe_open is no mapping to iterate over
-            tensors = {key: file.get_tensor(key) for key in keys}
-        samples = tensors.pop("samples").cpu()
-        sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
-        return cls(sums, int(metadata["count"]), samples, json.loads(metadata["settings"]))
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:12]}..."
+    def _difference(self, one: Tensor, other: Tensor) -> Tensor:
+        return (one - other).clamp_min_(0)
 
 
 def fisher_diagonal(
@@ -174,6 +56,7 @@ def fisher_diagonal(
     batch_size: int | None = None,
     collate_fn: Any = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    plans: Plans | None = None,
     name: str = "data",
     progress: bool = True,
 ) -> FisherDiagonal:
@@ -183,8 +66,10 @@ def fisher_diagonal(
     `parameters(name, parameter)` says which trainable parameters to measure, all by default;
     `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
     default; `accumulate` is the dtype of the sums; `memory_budget` is in bytes, for per-sample
-    gradients beyond a plain forward and backward. Weights in half precision are measured through
-    float32 copies. The model is left as it was, after an exception too.
+    gradients beyond a plain forward and backward; `plans`, a dict, is filled with what was found
+    out about this model and saves a later pass over it from finding it out again. Weights in half
+    precision are measured through float32 copies. The model is left as it was, after an exception
+    too.
 
     Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a
     NaN loss or gradient, a model that mixes samples or has nothing to train.
@@ -208,7 +93,7 @@ def fisher_diagonal(
         kept = {id(p) for p in wanted.values()}
         for p in inner.parameters():
             p.requires_grad_(id(p) in kept)
-        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
+        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, plans, dtype, name)
         engine, ids = pass_.run(f"Fisher {name}" if progress else None)
     sums, count, samples = _over_ranks(engine, ids, name)
     settings = {
@@ -245,6 +130,7 @@ class _Pass:
     loss_fn: LossFn
     accumulate: torch.dtype
     memory_budget: int
+    plans: Plans | None
     dtype: torch.dtype | None
     name: str
 
@@ -276,6 +162,7 @@ class _Pass:
             loss_fn=self.loss_fn,
             dtype=self.accumulate,
             memory_budget=self.memory_budget,
+            plans=self.plans,
         )
 
     def _walk(self, label: str | None) -> Iterator[tuple[int, Batch]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deepclean_hooks.bits import bits, digest
+from deepclean_hooks.shards import whole
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,7 +43,7 @@ def frozen_digest(parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) 
     """SHA-256 of all entries that may not move; the free ones are read as 0, whatever they hold."""
 
     def frozen(name: str, parameter: Tensor) -> Tensor:
-        integers = bits(parameter)
+        integers = bits(whole(parameter.detach()))
         return integers.masked_fill(free[name], 0) if name in free else integers
 
     return digest({name: frozen(name, p) for name, p in parameters.items()})

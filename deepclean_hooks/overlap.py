@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from deepclean_hooks import measure
-from deepclean_hooks.fisher import FisherDiagonal
 from deepclean_hooks.measure import Samples
+from deepclean_hooks.measurement import Measurement
 
 
 def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
@@ -25,7 +25,7 @@ def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
         )
 
 
-def shared_content(forget: FisherDiagonal, retain: FisherDiagonal) -> int:
+def shared_content(forget: Measurement, retain: Measurement) -> int:
     """How many forget samples have a duplicate in the retain set; raises ValueError if all of them
     have."""
     shared = retain.contains(forget)
@@ -37,12 +37,13 @@ def shared_content(forget: FisherDiagonal, retain: FisherDiagonal) -> int:
     return shared
 
 
-def without(stored: FisherDiagonal, forget: FisherDiagonal) -> FisherDiagonal:
+def without(stored: Measurement, forget: Measurement) -> Measurement:
     """The retain set's diagonal from a stored one: of the retain set as it is, or of the whole
     training set.
 
     Raises ValueError if only some of the forget samples are in it, so that it is neither.
     """
+    stored.require_same_origin(forget)
     stored = stored.restricted_to(forget.sums)
     present = stored.contains(forget)
     if present == forget.count:

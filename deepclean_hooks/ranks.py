@@ -125,6 +125,11 @@ def refuse_lossy_reduction(model: nn.Module) -> None:
             )
 
 
+def works_on_cpu() -> bool:
+    """Whether there is a process group already and it is one for the CPU."""
+    return bool(dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo")
+
+
 def barrier_device() -> torch.device:
     """The device on which collectives of the default group work: CUDA under NCCL, otherwise the
     CPU."""

@@ -6,12 +6,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-SCHEMA = 1
+from deepclean_hooks import report_html, report_markdown
+
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Report:
     Fractions are of 0 to 1: `selected_fraction` of all trainable entries, `dead_fraction` of the
     selected ones. `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by
     phase. `scores`: `before` and `after`, each an evaluation, or the reason why there is none.
+    `forgotten`: salted hashes of the forget samples, and the salt. `checkpoint_before` and
+    `checkpoint_after`: SHA-256 of each tensor of the model's state_dict.
     """
 
     method: str
@@ -59,6 +64,9 @@ class Report:
     scores: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    forgotten: dict[str, Any] = field(default_factory=dict)
+    checkpoint_before: dict[str, str] = field(default_factory=dict)
+    checkpoint_after: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -67,6 +75,19 @@ class Report:
     def to_json(self, *, indent: int | None = 2) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=indent, default=str)
+
+    def to_html(self, sweep: Mapping[str, Any] | None = None) -> str:
+        """The report as one self-contained page for a reader who is no engineer; `sweep`, the
+        `to_dict()` of a gamma sweep, adds its curves."""
+        return report_html.page(self.to_dict(), sweep)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        return report_markdown.markdown(self.to_dict())
+
+    def to_model_card(self) -> str:
+        """A section for the README.md of the model on the Hugging Face Hub."""
+        return report_markdown.model_card(self.to_dict())
 
     def __str__(self) -> str:
         """The report as a page of text."""

@@ -13,12 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclean_hooks import bits, dead, losses, masks, measure, overlap, ranks
-from deepclean_hooks.evaluate import Evaluation, evaluate
-from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
+from deepclean_hooks import (
+    bits,
+    checkpoint,
+    dead,
+    identifiers,
+    losses,
+    masks,
+    measure,
+    overlap,
+    ranks,
+    shards,
+)
+from deepclean_hooks.estimators import shared_samples, together
+from deepclean_hooks.evaluate import Gold, evaluate
 from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measure import Data, Samples
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.norm_statistics import require_choice
 from deepclean_hooks.report import Layer, Report
@@ -33,7 +45,8 @@ class Session:
     `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
     default. `norm_statistics`: what your loop does to running statistics of normalisation layers:
     "update" (the default: it refreshes them from the retain data) or "freeze" (they keep their
-    bits, in eval mode). `test` and `gold`, if given, are what the scores are computed on and
+    bits, in eval mode). `test`, `forget_test` (test data like the forget set, such as
+    its class) and `gold` (one model or several), if given, are what the scores are computed on and
     compared with; `scores=False` leaves the two evaluations out, each a forward pass over all sets.
     `batch_size` and `collate_fn` serve sets that are no loaders.
     """
@@ -46,7 +59,8 @@ class Session:
         loss_fn: LossFn | None = None,
         norm_statistics: NormStatistics = "update",
         test: Data | None = None,
-        gold: nn.Module | Evaluation | None = None,
+        forget_test: Data | None = None,
+        gold: Gold | None = None,
         scores: bool = True,
         batch_size: int | None = None,
         collate_fn: Any = None,
@@ -65,11 +79,12 @@ class Session:
         self.gold, self.scores, self.progress = gold, scores, progress
         self._reading = {"batch_size": batch_size, "collate_fn": collate_fn}
         self._sets: dict[str, Samples] = {}
-        if test is not None:
-            self._sets["test"] = measure.samples(test, name="test", **self._reading)
+        for name, data in (("test", test), ("forget_test", forget_test)):
+            if data is not None:
+                self._sets[name] = measure.samples(data, name=name, **self._reading)
         self._phase = "new"
-        self._forget: FisherDiagonal | None = None
-        self._retain: FisherDiagonal | None = None
+        self._forget: Measurement | None = None
+        self._retain: Measurement | None = None
         self._selection: Selection | None = None
         self._free: Mask = {}
         self._guard: Guard | None = None
@@ -85,37 +100,47 @@ class Session:
 
     # ------------------------------------------------------------------ the phases
 
-    def measure(self, forget: Data, retain: Data | FisherDiagonal) -> Session:
+    def measure(self, forget: Data, retain: Data | Measurement) -> Session:
         """Measures D_f and D_r; changes nothing.
 
-        `retain` may be a stored diagonal of this very model: of D_r, or of the whole training set,
-        from which the forget samples are then subtracted, so that only D_f is walked.
+        `retain` may be a stored measurement of this very model, such as a FisherDiagonal: of D_r,
+        or of the whole training set, from which the forget samples are then subtracted, so that
+        only D_f is walked.
         """
         self._expect("new", "measure")
+        shards.refuse_sharded(unwrap(self.model))
+        method = f"{self.method.name} {self.method.settings()}"
+        ranks.require_agreement("the method", method)
         self._facts["model_before"] = bits.digest(state_tensors(unwrap(self.model)))
-        if isinstance(retain, FisherDiagonal):
-            retain.require_model(self.model)
+        self._facts["checkpoint_before"] = checkpoint.digests(unwrap(self.model).state_dict())
+        if isinstance(retain, Measurement):
+            self._require_of_use(retain)
         else:
-            self._sets["retain"] = measure.samples(retain, name="retain", **self._reading)
-        self._sets["forget"] = measure.samples(forget, name="forget", **self._reading)
-        overlap.refuse_shared_indices(self._sets)
+            self._name_sets(retain=retain)
+        self._name_sets(forget=forget)
+        self._require_same_sets()
         if self.scores:
             self._evaluate("before", gold=None)
         with self._timed("fisher"):
-            self._forget = self._diagonal("forget")
-            if isinstance(retain, FisherDiagonal):
+            self._forget = self._measured("forget")
+            if isinstance(retain, Measurement):
                 self._retain = overlap.without(retain, self._forget)
             else:
-                self._retain = self._diagonal("retain")
-        shared = overlap.shared_content(self._forget, self._retain)
+                self._retain = self._measured("retain")
+        forgotten, retained = len(self._forget.samples), len(self._retain.samples)
+        if self.method.joint:
+            shared, retained = shared_samples(self._forget, self._retain), retained - forgotten
+        else:
+            shared = overlap.shared_content(self._forget, self._retain)
         if shared:
             self._warn(
-                f"{shared} of the {self._forget.count} forget samples stand in the retain set with "
+                f"{shared} of the {forgotten} forget samples stand in the retain set with "
                 "the same content (duplicates in the data): what they taught will not be forgotten"
             )
         self._facts.update(
-            forget_samples=self._forget.count,
-            retain_samples=self._retain.count,
+            forgotten=identifiers.salted(self._forget.samples.tolist()),
+            forget_samples=forgotten,
+            retain_samples=retained,
             overlapping_samples=shared,
             measurement={"forget": self._forget.settings, "retain": self._retain.settings},
         )
@@ -146,10 +171,10 @@ class Session:
             selected_fraction=total / self._facts["trainable_entries"],
             held_back_entries=self._selection.held_back,
         )
-        if total in (0, self._selection.candidates):
+        if self.method.knob and total in (0, self._selection.candidates):
             self._warn(
                 f"{'no' if not total else 'every'} candidate entry was selected; "
-                f"{'lower' if not total else 'raise'} gamma"
+                f"{'lower' if not total else 'raise'} {self.method.knob}"
             )
         self._phase = "selected"
         return self.report
@@ -162,10 +187,15 @@ class Session:
         assert self._retain is not None
         weights = self._parameters()
         with self._timed("reset"), torch.no_grad():
-            values = self.method.new_values(weights, self._selection, self._forget, self._retain)
+            values = self.method.values(
+                unwrap(self.model), self._selection, self._forget, self._retain
+            )
             for name, mask in self._selection.masks.items():
                 # where copies bits, so the entries that stay keep theirs, NaN and -0.0 too
                 weights[name].copy_(torch.where(mask, values[name], weights[name]))
+            if self.method.resets_buffers:
+                for name, buffer in unwrap(self.model).named_buffers():
+                    buffer.copy_(values.get(name, buffer))
             measure.drop_caches(unwrap(self.model))
             self._facts["frozen_digest"] = masks.frozen_digest(weights, self._free)
         self._count_dead()
@@ -181,6 +211,10 @@ class Session:
         forgotten. After a resume nothing is.
         """
         self._expect("reset", "guard")
+        ranks.refuse_lossy_reduction(self.model)
+        if not self.trains:
+            # A loop that is entered all the same then leaves every bit as it is.
+            self.norm_statistics = self._facts["norm_statistics"] = "freeze"
         self._guard = Guard(
             unwrap(self.model),
             self._free,
@@ -210,10 +244,23 @@ class Session:
         finally:
             self.close()
         self._facts["model_after"] = bits.digest(state_tensors(unwrap(self.model)))
+        self._facts["checkpoint_after"] = checkpoint.digests(unwrap(self.model).state_dict())
         self._phase = "finished"
         if self.scores and self._sets:
             self._evaluate("after", self.gold)
         return self.report
+
+    @property
+    def selection(self) -> Selection:
+        """What the method picked; raises RuntimeError before `select`, and in a resumed run."""
+        if self._selection is None:
+            raise RuntimeError("there is no selection before select(), and none in a resumed run")
+        return self._selection
+
+    @property
+    def trains(self) -> bool:
+        """Whether any entry may train after the reset."""
+        return any(bool(mask.any()) for mask in self._free.values())
 
     def close(self) -> None:
         """Takes every hook off the model and the optimizers; safe at any time, and twice."""
@@ -288,11 +335,23 @@ class Session:
 
     def watch(self, **sets: Data) -> Session:
         """Names the sets (`forget=`, `retain=`) that a resumed run is scored on at the end."""
-        for name, data in sets.items():
-            self._sets[name] = measure.samples(data, name=name, **self._reading)
+        self._name_sets(**sets)
         return self
 
     # ------------------------------------------------------------------ inside
+
+    def _require_same_sets(self) -> None:
+        if ranks.world()[1] > 1:
+            for name, source in self._sets.items():
+                with ranks.fail_together():
+                    changing = measure.changes_from_pass_to_pass(source)
+                measure.require_same_on_ranks(source, name, changing)
+
+    def _name_sets(self, **sets: Data) -> None:
+        with ranks.fail_together():
+            for name, data in sets.items():
+                self._sets[name] = measure.samples(data, name=name, **self._reading)
+            overlap.refuse_shared_indices(self._sets)
 
     def _expect(self, phase: str, call: str) -> None:
         if self._phase != phase:
@@ -307,10 +366,30 @@ class Session:
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self._parameters().items() if p.requires_grad}
 
-    def _diagonal(self, name: str) -> FisherDiagonal:
-        return fisher_diagonal(
+    def _require_of_use(self, stored: Measurement) -> None:
+        """Raises ValueError or TypeError if a stored measurement is none that the method takes."""
+        estimator = self.method.retain_measured_by
+        if not isinstance(stored, estimator.result):
+            raise TypeError(
+                f"{self.method.name} needs a stored {estimator.result.__name__}, got "
+                f"{type(stored).__name__}; pass the retain set to have it measured"
+            )
+        if not estimator.additive or self.method.joint:
+            raise ValueError(
+                f"{estimator!r} cannot subtract samples from a stored measurement; pass the retain "
+                "set"
+            )
+        stored.require_model(self.model)
+
+    def _measured(self, name: str) -> Measurement:
+        source = self._sets[name]
+        if name == "retain" and self.method.joint:
+            source = together(source, self._sets["forget"])
+        method = self.method
+        estimator = method.measured_by if name == "forget" else method.retain_measured_by
+        return estimator(
             self.model,
-            self._sets[name],
+            source,
             loss_fn=self.loss_fn,
             parameters=self.method.may_select,
             name=name,
@@ -321,7 +400,7 @@ class Session:
         assert self._selection is not None
         retain = self._sets.get("retain")
         total = self._facts["selected_entries"]
-        if retain is None or not total:
+        if retain is None or not total or not self.trains:
             return
         with self._timed("dead"):
             counts = dead.dead_entries(
@@ -347,23 +426,33 @@ class Session:
             layer["selected"] and parameters[name].dim() <= 1
             for name, layer in self._layers.items()
         )
-        return "leave one-dimensional parameters out, or raise gamma" if flat else "raise gamma"
+        knob = f"raise {self.method.knob}" if self.method.knob else "select fewer"
+        return f"leave one-dimensional parameters out, or {knob}" if flat else knob
 
-    def _evaluate(self, when: str, gold: nn.Module | Evaluation | None) -> None:
+    def _evaluate(self, when: str, gold: Gold | None) -> None:
+        if shards.is_sharded(unwrap(self.model)):
+            # Each forward pass gathers weights, and the ranks have different numbers of batches.
+            self._scores[when] = "not computed: the model is sharded"
+            return
         with self._timed("evaluate"):
             try:
-                self._scores[when] = evaluate(self.model, gold=gold, **self._evaluated()).to_dict()
+                self._scores[when] = evaluate(
+                    self.model, gold=gold, progress=self.progress, **self._evaluated()
+                ).to_dict()
             except TypeError as reason:  # batches of a form that only loss_fn understands
                 self._scores[when] = f"not computed: {reason}"
 
     def _evaluated(self) -> dict[str, Any]:
         return {
-            name: self._sets[name] for name in ("forget", "retain", "test") if name in self._sets
+            name: self._sets[name]
+            for name in ("forget", "retain", "test", "forget_test")
+            if name in self._sets
         }
 
     def _warn(self, text: str) -> None:
         self._warnings.append(text)
-        warnings.warn(text, UserWarning, stacklevel=3)
+        if ranks.is_first():
+            warnings.warn(text, UserWarning, stacklevel=3)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+# By name: neither is imported for this.
+_REFUSED = {
+    "FullyShardedDataParallel": "(FSDP1) flattens parameters into one-dimensional shards, so no "
+    "entry can be named or held; use fully_shard() (FSDP2), or unlearn before wrapping",
+    "DeepSpeedEngine": "steps flattened copies of the weights, which no mask of the weights can "
+    "hold; use DistributedDataParallel or fully_shard() (FSDP2)",
+}
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The innermost module, whose `named_parameters` names are the names used everywhere here.
 
-    Raises ValueError for FSDP1, whose flattened one-dimensional shards have no weight matrix left
-    to measure.
+    Raises ValueError for FSDP1 and DeepSpeed, under which no entry can be named or held.
     """
+    for module in model.modules():
+        if type(module).__name__ in _REFUSED:
+            raise ValueError(f"{type(module).__name__} {_REFUSED[type(module).__name__]}")
     while True:
-        if type(model).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                "FullyShardedDataParallel (FSDP1) flattens parameters into one-dimensional "
-                "shards, so no entry can be named or held; measure and unlearn before wrapping"
-            )
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]  # checked on the line above
         elif isinstance(

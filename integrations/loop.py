@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from deepclean_hooks.evaluate import Evaluation
-from deepclean_hooks.fisher import FisherDiagonal
+from deepclean_hooks.evaluate import Gold
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measure import Data
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.session import Session
 
@@ -22,12 +22,13 @@ def unlearning(
     model: nn.Module,
     *,
     forget: Data,
-    retain: Data | FisherDiagonal,
+    retain: Data | Measurement,
     method: Method,
     loss_fn: LossFn | None = None,
     norm_statistics: NormStatistics = "update",
     test: Data | None = None,
-    gold: nn.Module | Evaluation | None = None,
+    forget_test: Data | None = None,
+    gold: Gold | None = None,
     scores: bool = True,
     batch_size: int | None = None,
     collate_fn: Any = None,
@@ -40,7 +41,8 @@ def unlearning(
     Whichever optimizer steps the model inside the block is held to the mask. Yields the session:
     `run.report`, and `run.state_dict()` for a checkpoint. With `resume=` such a state (the model's
     weights loaded before) nothing is measured or reset again. An exception in the block takes every
-    hook off and goes on. The other arguments are those of `Session` and `Session.measure`.
+    hook off and goes on. The other arguments are those of `Session` and `Session.measure`. Raises
+    ValueError for a method that trains by an objective of its own, which `unlearn()` has.
     """
     run = Session(
         model,
@@ -48,12 +50,26 @@ def unlearning(
         loss_fn=loss_fn,
         norm_statistics=norm_statistics,
         test=test,
+        forget_test=forget_test,
         gold=gold,
         scores=scores,
         batch_size=batch_size,
         collate_fn=collate_fn,
         progress=progress,
     )
+    method.require_plain_training()
+    with walked(run, forget, retain, resume):
+        yield run
+
+
+@contextmanager
+def walked(
+    run: Session,
+    forget: Data,
+    retain: Data | Measurement,
+    resume: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
+    """Takes a session through its phases around the block."""
     if resume is None:
         run.measure(forget, retain)
         run.select()
@@ -61,11 +77,11 @@ def unlearning(
     else:
         run.load_state_dict(resume)
         run.watch(forget=forget)
-        if not isinstance(retain, FisherDiagonal):
+        if not isinstance(retain, Measurement):
             run.watch(retain=retain)
     run.guard()
     try:
-        yield run
+        yield
         run.finish()
     finally:
         run.close()

@@ -1,8 +1,12 @@
-"""`unlearn(model, forget, retain, ...)`: the paper's fine-tuning recipe, for those without a loop of their own."""
+"""`unlearn(model, forget, retain, ...)`: the paper's fine-tuning recipe, for those without a loop
+of their own."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,11 +14,18 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from deepclean_hooks import batches, losses, measure, ranks
-from deepclean_hooks.integrations.loop import unlearning
+from deepclean_hooks.integrations.loop import walked
 from deepclean_hooks.measure import Data
 from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.training import Step
 from deepclean_hooks.report import Report
+from deepclean_hooks.session import Session
 from deepclean_hooks.wrappers import unwrap
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def unlearn(
@@ -28,36 +39,75 @@ def unlearn(
     batch_size: int | None = None,
     collate_fn: Any = None,
     seed: int = 0,
+    optimizer: MakeOptimizer | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Report:
-    """Unlearns in place and returns the report: Adam, cosine annealing to 0, cross-entropy, no augmentation of ours.
+    """Unlearns in place and returns the report: Adam, cosine annealing to 0, cross-entropy, no
+    augmentation of ours.
 
-    `retain` is walked in shuffled order (by `seed`) in batches of `batch_size`, by default the loader's own or 64.
-    Three epochs at 1e-3 are the paper's values for CIFAR. `options` are those of `unlearning`: test=, gold=, ...
+    `retain` is walked in shuffled order (by `seed`) in batches of `batch_size`, by default the
+    loader's own or 64. Three epochs at 1e-3 are the paper's values for CIFAR. `options` are those
+    of `unlearning`: test=, gold=, ...; `optimizer` makes another one of the parameters, such as
+    `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`. A method with an objective of its own is
+    trained by that, in one process.
+
+    Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
+    the same on any number of them, and end with the same model; an incomplete last batch is filled
+    up with samples of the epoch. This needs accelerate, and a batch size that they divide.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be a positive whole number, got {epochs!r}")
-    if ranks.world()[1] > 1:
-        raise RuntimeError(
-            f"unlearn() trains in one process, {ranks.world()[1]} were launched; launch one, or use "
-            "unlearning() around a distributed loop of your own"
-        )
     loader = measure.samples(
         retain, name="retain", batch_size=batch_size, collate_fn=collate_fn
     ).shuffled(seed)
-    with unlearning(
-        model,
-        forget=forget,
-        retain=retain,
-        method=method,
-        batch_size=batch_size,
-        collate_fn=collate_fn,
-        progress=progress,
-        **options,
-    ) as run:
-        _fine_tune(model, loader, run.loss_fn, epochs, lr, progress)
+    reading = {"batch_size": batch_size, "collate_fn": collate_fn}
+    resume = options.pop("resume", None)
+    with _launched(model, loader) as (wrapped, accelerator):
+        run = Session(wrapped, method, progress=progress, **reading, **options)
+        make = optimizer or _adam(lr)
+        with walked(run, forget, retain, resume):
+            if run.trains and not method.own_training:
+                _fine_tune(wrapped, loader, run.loss_fn, epochs, make, progress, accelerator)
+            elif run.trains:
+                gone = measure.samples(forget, name="forget", **reading).shuffled(seed + 1)
+                _train_by_method(run, gone, loader, epochs, make, progress)
     return run.report
+
+
+@contextmanager
+def _launched(
+    model: nn.Module, loader: DataLoader[Any]
+) -> Iterator[tuple[nn.Module, Accelerator | None]]:
+    """The model as it is in one process; in several, wrapped by an Accelerator, for a while."""
+    world = max(ranks.world()[1], int(os.environ.get("WORLD_SIZE", "1")))
+    if world == 1:
+        yield model, None
+        return
+    if (loader.batch_size or 1) % world:
+        raise ValueError(
+            f"the {world} processes cannot share batches of {loader.batch_size} evenly; pass "
+            f"batch_size={-(-(loader.batch_size or 1) // world) * world}"
+        )
+    accelerator = _accelerator()
+    try:
+        yield accelerator.prepare(model), accelerator
+    finally:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+
+
+def _accelerator() -> Accelerator:
+    # Not at the top of the file: one process does without accelerate.
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.state import GradientState
+
+    return Accelerator(
+        cpu=not torch.cuda.is_available() or ranks.works_on_cpu(),
+        # What a script's own Accelerator was given: all of them share this one number.
+        gradient_accumulation_steps=GradientState().num_steps,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
 
 
 def _fine_tune(
@@ -65,21 +115,63 @@ def _fine_tune(
     retain: DataLoader[Any],
     loss_fn: losses.LossFn,
     epochs: int,
-    lr: float,
+    make: MakeOptimizer,
     progress: bool,
+    accelerator: Accelerator | None,
 ) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr)
+    optimizer: Any = make(trained)
     steps = epochs * len(retain)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     device = measure.device_of(unwrap(model))
-    hidden = None if progress else True
+    backward: Any = torch.Tensor.backward
+    if accelerator is not None:
+        optimizer, retain = accelerator.prepare(optimizer, retain)
+        backward = accelerator.backward
+    hidden = None if progress and ranks.is_first() else True
     with measure.training(model), tqdm(total=steps, desc="fine-tune", disable=hidden) as bar:
         for _ in range(epochs):
             for batch in retain:
                 batch = batches.to(batch, device)
                 loss = losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
-                loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                bar.update()
+    ranks.share_buffers(unwrap(model))
+
+
+def _adam(lr: float) -> MakeOptimizer:
+    return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+
+
+def _train_by_method(
+    run: Session,
+    forget: DataLoader[Any],
+    retain: DataLoader[Any],
+    epochs: int,
+    make: MakeOptimizer,
+    progress: bool,
+) -> None:
+    if ranks.world()[1] > 1:
+        raise RuntimeError(
+            f"{run.method.name} trains in one process, {ranks.world()[1]} were launched; launch one"
+        )
+    model = unwrap(run.model)
+    training = run.method.training(model, run.selection, run.loss_fn)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make(list(trained.values()))
+    steps = epochs * training.length(forget, retain)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    device = measure.device_of(model)
+    with measure.training(model), tqdm(disable=None if progress else True, total=steps) as bar:
+        for epoch in range(epochs):
+            for gone, kept in training.pairs(forget, retain, epoch):
+                gone, kept = batches.to(gone, device), batches.to(kept, device)
+                loss: Any = training.objective(model, Step(gone, kept, epoch, epochs))
+                loss.backward()
+                training.adjust(trained)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()

@@ -1,8 +1,8 @@
 """`explain` says which rule serves each parameter, and no ordinary network needs the loop."""
 
 import pytest
-from cases import CASES, Custom
 
+from cases import CASES, Custom
 from deepclean_hooks import explain
 
 

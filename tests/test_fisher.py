@@ -199,7 +199,7 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Path(name).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("deepclean_hooks.fisher.save_file", broken)
+    monkeypatch.setattr("deepclean_hooks.measurement.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         stored.save(path)
     assert path.read_bytes() == before
@@ -211,7 +211,7 @@ def test_load_refuses_another_file(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="no stored Fisher diagonal"):
+    with pytest.raises(ValueError, match="no stored FisherDiagonal"):
         FisherDiagonal.load(tmp_path / "x.safetensors")
 
 

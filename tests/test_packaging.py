@@ -18,15 +18,20 @@ OPTIONAL = ("transformers", "accelerate", "torchvision", "timm", "sklearn", "mat
 
 # A module may import those of a lower layer, and its own package; parts of a package count as it.
 LAYERS = (
-    {"_version", "bits", "wrappers", "ranks", "shards", "follow"},
-    {"batches", "masks", "membership", "norm_statistics", "optimizers"},
-    {"measure", "held"},
+    {"_version", "wrappers", "ranks", "shards", "follow", "svg", "report_rows", "plots"},
+    {"bits"},
+    {"batches", "masks", "membership", "norm_statistics", "optimizers", "sealed", "checkpoint"},
+    {"measure", "held", "identifiers", "report_html", "report_markdown", "verify"},
     {"losses"},
     {"persample"},
-    {"fisher"},
-    {"dead", "guard", "report", "evaluate", "methods", "overlap"},
-    {"session"},
+    {"measurement", "metrics"},
+    {"fisher", "evaluate"},
+    {"estimators"},
+    {"batch_mean", "expected_fisher", "gram"},
+    {"dead", "guard", "report", "methods", "overlap"},
+    {"session", "gamma", "__main__"},
     {"integrations"},
+    {"testing"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

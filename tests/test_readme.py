@@ -30,9 +30,12 @@ def surroundings() -> dict[str, object]:
     data = TensorDataset(torch.randn(60, 1, 6, 6), torch.arange(60) % 4)
     parts = {"forget": range(8), "retain": range(8, 40), "test": range(40, 60), "train": range(40)}
     loaders = {f"{n}_loader": DataLoader(Subset(data, p), batch_size=8) for n, p in parts.items()}
-    return {"torch": torch, "F": F, "model": network(), "gold_model": network(), **loaders}
+    sets = {f"{n}_set": Subset(data, p) for n, p in parts.items()}
+    return {"torch": torch, "F": F, "model": network(), "gold_model": network(), **loaders, **sets}
 
 
+# A Trainer asks for pinned memory, with or without a GPU.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
 def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a name, an argument or a promise of the README does not exist."""

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks.fisher import FisherDiagonal
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
 
 # An entry whose true gradient is 0 (an attention key bias: softmax does not see a shift) holds the
@@ -42,6 +42,7 @@ class DeepClean(Method):
     one_dimensional: bool = False
     parameters: Parameters | None = None
     name = "deepclean"
+    knob = "gamma"
 
     def __post_init__(self) -> None:
         """Raises ValueError unless gamma is a positive number."""
@@ -63,7 +64,7 @@ class DeepClean(Method):
         patterns = (self.parameters,) if isinstance(self.parameters, str) else self.parameters
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    def select(self, forget: FisherDiagonal, retain: FisherDiagonal) -> Selection:
+    def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The entries with I_Df > gamma * I_Dr that are not mere rounding noise on the forget
         side."""
         above = exceeds(forget, retain, self.gamma)
@@ -81,8 +82,8 @@ class DeepClean(Method):
         self,
         weights: Mapping[str, Tensor],
         selection: Selection,
-        forget: FisherDiagonal,
-        retain: FisherDiagonal,
+        forget: Measurement,
+        retain: Measurement,
     ) -> dict[str, Tensor]:
         """Zero."""
         return {name: torch.zeros_like(weights[name]) for name in selection.masks}
@@ -92,7 +93,7 @@ class DeepClean(Method):
         return selection.masks
 
 
-def exceeds(one: FisherDiagonal, other: FisherDiagonal, factor: float) -> Mask:
+def exceeds(one: Measurement, other: Measurement, factor: float) -> Mask:
     """True where I_one > factor * I_other, compared by product: no division, no epsilon."""
     # S/n > factor * T/m  <=>  S * m > factor * T * n: one rounding fewer, and counts are exact in
     # float64.
@@ -102,7 +103,7 @@ def exceeds(one: FisherDiagonal, other: FisherDiagonal, factor: float) -> Mask:
     }
 
 
-def rounding_noise(diagonal: FisherDiagonal) -> Mask:
+def rounding_noise(diagonal: Measurement) -> Mask:
     """True where an entry is at most (8 eps)^2 of its tensor's largest, or its tensor of the
     model's largest.
 

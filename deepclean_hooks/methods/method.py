@@ -7,11 +7,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deepclean_hooks.fisher import FisherDiagonal
+from deepclean_hooks.estimators import Estimator, PerSampleFisher
+from deepclean_hooks.losses import LossFn
+from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.methods.training import Training
 
 Mask = dict[str, Tensor]
 """Parameter name -> bool tensor of its shape; a parameter that is not named is False throughout."""
@@ -33,16 +36,41 @@ class Selection:
 
 
 class Method(ABC):
-    """One unlearning method; a frozen dataclass whose fields are its hyper-parameters."""
+    """One unlearning method; a frozen dataclass whose fields are its hyper-parameters.
+
+    `knob`: the hyper-parameter that widens the selection when lowered, for messages; empty where
+    selecting nothing or everything is what the method means. `own_training`: whether the method
+    trains otherwise than by your loss on the retain set, so that only `unlearn()` can run it.
+    `resets_buffers`: whether buffers that `values` names become these values too, running
+    statistics for instance.
+    """
 
     name: str
+    knob: ClassVar[str] = ""
+    own_training: ClassVar[bool] = False
+    resets_buffers: ClassVar[bool] = False
+
+    @property
+    def measured_by(self) -> Estimator:
+        """How both sets are measured: the exact Fisher diagonal, unless a method says otherwise."""
+        return PerSampleFisher()
+
+    @property
+    def retain_measured_by(self) -> Estimator:
+        """How the retain set is measured, where not as the forget set is."""
+        return self.measured_by
+
+    @property
+    def joint(self) -> bool:
+        """Whether `select` is given a measurement of D_r and D_f, walked as one, as `retain`."""
+        return False
 
     @abstractmethod
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether entries of this trainable parameter may be picked; only these are measured."""
 
     @abstractmethod
-    def select(self, forget: FisherDiagonal, retain: FisherDiagonal) -> Selection:
+    def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """W_f from the two measurements, both of the same parameters; changes nothing."""
 
     @abstractmethod
@@ -50,14 +78,34 @@ class Method(ABC):
         self,
         weights: Mapping[str, Tensor],
         selection: Selection,
-        forget: FisherDiagonal,
-        retain: FisherDiagonal,
+        forget: Measurement,
+        retain: Measurement,
     ) -> dict[str, Tensor]:
         """What the picked entries become: full-shape tensors, read only where the mask is True."""
+
+    def values(
+        self, model: nn.Module, selection: Selection, forget: Measurement, retain: Measurement
+    ) -> dict[str, Tensor]:
+        """`new_values` of the model's weights; for a method that needs the model's modules. The
+        model is left as it is."""
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        return self.new_values(weights, selection, forget, retain)
 
     @abstractmethod
     def free(self, selection: Selection) -> Mask:
         """The entries that may train afterwards; every other entry keeps its bits."""
+
+    def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
+        """How `unlearn()` trains where `own_training` is set; may keep copies of the model."""
+        raise NotImplementedError(f"{self.name} trains by the loss of your own loop")
+
+    def require_plain_training(self) -> None:
+        """Raises ValueError for a method that a loop of your own cannot train."""
+        if self.own_training:
+            raise ValueError(
+                f"{self.name} trains with an objective of its own, which no other loop has; use "
+                f"unlearn(model, forget, retain, method={type(self).__name__}(...))"
+            )
 
     def settings(self) -> dict[str, Any]:
         """The hyper-parameters by name, for the report; callables appear by their name."""
@@ -65,4 +113,7 @@ class Method(ABC):
         if dataclasses.is_dataclass(self):
             fields = dataclasses.fields(self)
         values = {field.name: getattr(self, field.name) for field in fields}
-        return {k: getattr(v, "__qualname__", v) for k, v in values.items()}
+        return {
+            k: repr(v) if isinstance(v, Estimator) else getattr(v, "__qualname__", v)
+            for k, v in values.items()
+        }

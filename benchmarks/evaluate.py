@@ -1,0 +1,121 @@
+"""What an evaluation costs: its time over that of plain forward passes over the same images.
+
+    OMP_NUM_THREADS=1 python benchmarks/evaluate.py [--images 60000] [--model resnet18]
+
+Both are run in turn in one process with the same loaders; the ratio is the median over repeats,
+with the smallest and the largest beside it. The images are random and held in memory: a forward
+pass is all there is to a plain pass, so that the ratio is the worst that real data can show. 5/6 of
+them are training data, a tenth of which is the forget set, and 1/6 test data, as in CIFAR-10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from deepclean_hooks import evaluate
+from deepclean_hooks.report import versions
+from machine import machine
+
+CLASSES = 10
+Loaders = dict[str, DataLoader[tuple[torch.Tensor, ...]]]
+
+
+def small() -> nn.Module:
+    """A network of 20 million multiplications an image, half of a ResNet-20's."""
+    blocks: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1)):
+        convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        blocks += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+def resnet18() -> nn.Module:
+    """The CIFAR form of torchvision's."""
+    import torchvision
+
+    model = torchvision.models.resnet18(num_classes=CLASSES)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"small": small, "resnet18": resnet18}
+
+
+def loaders(images: int, batch_size: int) -> Loaders:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images, 3, 32, 32, generator=generator)
+    y = torch.randint(CLASSES, (images,), generator=generator)
+    cut = (images // 12, images * 5 // 6)
+    parts = {"forget": slice(cut[0]), "retain": slice(*cut), "test": slice(cut[1], None)}
+    return {
+        name: DataLoader(TensorDataset(x[part], y[part]), batch_size=batch_size)
+        for name, part in parts.items()
+    }
+
+
+def plain(model: nn.Module, sets: Loaders, device: torch.device) -> None:
+    model.eval()
+    with torch.no_grad():
+        for loader in sets.values():
+            for images, _ in loader:
+                model(images.to(device)).cpu()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model, sets = MODELS[given.model]().to(device), loaders(given.images, given.batch_size)
+
+    def scored() -> None:
+        evaluate(model, **sets, probe=True, progress=False)
+
+    plain(model, sets, device)
+    scored()
+    pairs = [
+        (seconds(lambda: plain(model, sets, device)), seconds(scored)) for _ in range(given.repeats)
+    ]
+    ratios = [ours / theirs for theirs, ours in pairs]
+    found = {
+        "images": given.images,
+        "model": given.model,
+        "batch_size": given.batch_size,
+        "plain_seconds": statistics.median(theirs for theirs, _ in pairs),
+        "evaluate_seconds": statistics.median(ours for _, ours in pairs),
+        "ratio": statistics.median(ratios),
+        "ratios": [min(ratios), max(ratios)],
+        "machine": machine(),
+        "versions": versions(),
+    }
+    print(
+        f"{given.model}, {given.images} images: plain {found['plain_seconds']:.2f} s, evaluate "
+        f"{found['evaluate_seconds']:.2f} s, ratio {found['ratio']:.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f})"
+    )
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

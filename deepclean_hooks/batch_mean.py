@@ -1,0 +1,180 @@
+"""Estimators made of gradients of whole batches: what published code computes, and signed sums.
+
+A gradient of a batch mean, squared, is no Fisher: E[g^2] = mu^2 + sigma^2 / B changes with the
+batch size B, and thresholds do not carry over from one B to another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from deepclean_hooks import batches, losses, measure
+from deepclean_hooks.batches import Batch
+from deepclean_hooks.estimators import Estimator, rebatched
+from deepclean_hooks.fisher import Predicate
+from deepclean_hooks.losses import LossFn
+from deepclean_hooks.measure import Samples
+from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.wrappers import require_trainable, unwrap
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""Maps (model, batch) to a scalar."""
+
+
+class _BatchGradients(Estimator):
+    """Sums over batches of a function of the batch's gradient; batches in index order."""
+
+    batch_size: int
+    additive = False
+
+    @abstractmethod
+    def objective(self, loss_fn: LossFn) -> Objective:
+        """The scalar whose gradient is taken of each batch."""
+
+    @abstractmethod
+    def term(self, gradient: Tensor) -> Tensor:
+        """What is added up."""
+
+    def terms(self, batch: Batch) -> int:
+        """How many terms of the mean a batch is."""
+        return 1
+
+    def ordered(self, data: Samples) -> Samples:
+        """The samples in the order they are walked in: their own."""
+        return data
+
+    accumulate: torch.dtype | None = None  # None: the weights' own, as the published code does
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Samples,
+        *,
+        loss_fn: LossFn,
+        parameters: Predicate,
+        name: str,
+        progress: bool,
+    ) -> Measurement:
+        """One backward pass a batch."""
+        source = self.ordered(rebatched(self, data, self.batch_size, name))
+        settings = self.described(model, loss_fn, batch_size=self.batch_size)
+        everything = require_trainable(unwrap(model))
+        wanted = {n: p for n, p in everything.items() if parameters(n, p)}
+        count, ids = 0, []
+        with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
+            sums = {n: torch.zeros_like(p, dtype=self.accumulate) for n, p in wanted.items()}
+            device = measure.device_of(inner)
+            label = f"gradients {name}" if progress else None
+            for batch in measure.walk(source, device=device, dtype=dtype, progress=label):
+                ids.extend(batches.sample_ids(batch))
+                count += self.terms(batch)
+                for key, gradient in _gradients(inner, batch, self.objective(loss_fn), wanted):
+                    sums[key] += self.term(gradient)
+        settings["computed"] = str(next(iter(wanted.values())).dtype).removeprefix("torch.")
+        samples = torch.tensor(sorted(ids), dtype=torch.int64)
+        return Measurement(sums, count, samples, settings)
+
+
+def _gradients(
+    model: nn.Module, batch: Batch, objective: Objective, wanted: dict[str, nn.Parameter]
+) -> Iterator[tuple[str, Tensor]]:
+    value = objective(model, batch)
+    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+    for name, gradient in zip(wanted, found, strict=True):
+        if gradient is not None:
+            if not torch.isfinite(gradient.sum()):
+                raise ValueError(
+                    f"the gradient of {name} is NaN or infinite; check the inputs and the weights"
+                )
+            yield name, gradient
+
+
+@dataclass(frozen=True)
+class BatchMean(_BatchGradients):
+    """Squares of gradients of the mean loss of each batch, averaged over the batches.
+
+    Compatibility with the published code of Selective Synaptic Dampening, which calls this the
+    Fisher diagonal (its batch size: 64). The result changes with `batch_size` and with the order of
+    the samples: that of the data sets, the retain set's first, as published, or one drawn by
+    `seed`, as in the code of Kodge et al. The order matters: with the published one the batches of
+    the forget set come again at the end of D, so that I_Df <= |D| / |D_f| * I_D but for the way
+    samples fall into batches, and alpha 10 selects next to nothing for a tenth of the data.
+    """
+
+    batch_size: int = 64
+    seed: int | None = None
+
+    def ordered(self, data: Samples) -> Samples:
+        """Their own order, or one drawn by the seed."""
+        if self.seed is None or data.indices is None:
+            return data
+        drawn = torch.randperm(
+            len(data.indices), generator=torch.Generator().manual_seed(self.seed)
+        )
+        return dataclasses.replace(data, indices=tuple(data.indices[i] for i in drawn.tolist()))
+
+    def objective(self, loss_fn: LossFn) -> Objective:
+        """The mean loss."""
+        return lambda model, batch: losses.per_sample(
+            loss_fn(model, batch), batches.size(batch)
+        ).mean()
+
+    def term(self, gradient: Tensor) -> Tensor:
+        """Its square."""
+        return gradient.square()
+
+
+@dataclass(frozen=True)
+class OutputMagnitude(_BatchGradients):
+    """Absolute gradients of the mean of ||f(x)||^2 over each batch, averaged over the batches.
+
+    Needs no labels. Aljundi et al., "Memory Aware Synapses"; with batches of 64 as in the published
+    code of loss-free SSD. With `batch_size=1` it is the mean over samples and depends on no order.
+    """
+
+    batch_size: int = 64
+
+    def objective(self, loss_fn: LossFn) -> Objective:
+        """The mean squared length of the output."""
+        return _mean_squared_length
+
+    def term(self, gradient: Tensor) -> Tensor:
+        """Its absolute value."""
+        return gradient.abs()
+
+
+def _mean_squared_length(model: nn.Module, batch: Batch) -> Tensor:
+    logits, _ = losses.logits_and_labels(model, batch)  # (N, C)
+    return logits.square().sum(1).mean()
+
+
+@dataclass(frozen=True)
+class MeanGradient(_BatchGradients):
+    """The gradient of the loss, averaged over the samples: signed, and so independent of batches.
+
+    The sums are of each sample's gradient, in float64.
+    """
+
+    batch_size: int = 64
+    additive = True
+    accumulate = torch.float64
+
+    def objective(self, loss_fn: LossFn) -> Objective:
+        """The sum of the losses."""
+        return lambda model, batch: losses.per_sample(
+            loss_fn(model, batch), batches.size(batch)
+        ).sum()
+
+    def terms(self, batch: Batch) -> int:
+        """One a sample."""
+        return batches.size(batch)
+
+    def term(self, gradient: Tensor) -> Tensor:
+        """Itself."""
+        return gradient

@@ -1,0 +1,171 @@
+"""What was measured of a data set: sums over its samples, which samples they were, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deepclean_hooks import bits
+from deepclean_hooks.wrappers import state_tensors, unwrap
+
+M = TypeVar("M", bound="Measurement")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sums over a data set, by name, and how many terms they are of.
+
+    `sums`: name -> tensor, owned by this object; the names are those of parameters unless the
+    estimator says otherwise. `count`: what `mean` divides by, the number of samples (of batches for
+    an estimator of batch means). `samples`: int64 on the CPU, sorted: one 64-bit fingerprint of
+    each sample's content. `settings`: how it was obtained (digest of the model, loss, estimator,
+    dtypes, versions), compared by `+` and `-`.
+    """
+
+    noun: ClassVar[str] = "measurement"
+    file_format: ClassVar[str] = "deepclean-hooks measurement 1"
+
+    sums: dict[str, Tensor]
+    count: int
+    samples: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self) -> dict[str, Tensor]:
+        """The sums divided by the number of their terms, by name."""
+        return {name: total / self.count for name, total in self.sums.items()}
+
+    def __add__(self: M, other: M) -> M:
+        """The measurement of both sets together, made on the same model."""
+        self.require_same_origin(other)
+        self._require_same_names(other)
+        return dataclasses.replace(
+            self,
+            sums={name: total + other.sums[name] for name, total in self.sums.items()},
+            count=self.count + other.count,
+            samples=torch.cat([self.samples, other.samples]).sort().values,
+            settings=self._settings_with(other, 1),
+        )
+
+    def __sub__(self: M, other: M) -> M:
+        """The measurement of this set without the other's samples, all of which must be in it."""
+        self.require_same_origin(other)
+        self._require_same_names(other)
+        left = Counter(self.samples.tolist())
+        left.subtract(other.samples.tolist())
+        foreign = sum(-n for n in left.values() if n < 0)
+        if foreign:
+            raise ValueError(
+                f"{foreign} of the {other.count} samples to take out are not among the "
+                f"{self.count} of this {self.noun}; measure them from the same data set with the "
+                "same preprocessing"
+            )
+        return dataclasses.replace(
+            self,
+            sums={n: self._difference(total, other.sums[n]) for n, total in self.sums.items()},
+            count=self.count - other.count,
+            samples=torch.tensor(sorted(left.elements()), dtype=torch.int64),
+            settings=self._settings_with(other, -1),
+        )
+
+    def _difference(self, one: Tensor, other: Tensor) -> Tensor:
+        return one - other
+
+    def _settings_with(self, other: Measurement, sign: int) -> dict[str, Any]:
+        """The settings of the sum (sign 1) or the difference (-1)."""
+        return self.settings
+
+    def restricted_to(self: M, names: Iterable[str]) -> M:
+        """The same measurement for these names only; raises ValueError for one that was not
+        measured."""
+        missing = sorted(set(names) - self.sums.keys())
+        if missing:
+            raise ValueError(
+                f"the stored {self.noun} lacks {missing[:3]}; measure it without parameters=, "
+                "which covers all"
+            )
+        return dataclasses.replace(self, sums={name: self.sums[name] for name in names})
+
+    def contains(self, other: Measurement) -> int:
+        """How many of the other's samples are among this measurement's, by content."""
+        return sum((Counter(self.samples.tolist()) & Counter(other.samples.tolist())).values())
+
+    def require_same_origin(self, other: Measurement) -> None:
+        """Raises ValueError if the other is of another model, loss or estimator."""
+        for key, what in (("model", "model weights"), ("loss", "loss"), ("estimator", "estimator")):
+            if self.settings.get(key) != other.settings.get(key):
+                raise ValueError(
+                    f"the two {self.noun}s are of different {what} "
+                    f"({_short(self.settings.get(key))} and {_short(other.settings.get(key))}); "
+                    "measure both on the same model in the same way"
+                )
+
+    def _require_same_names(self, other: Measurement) -> None:
+        missing = sorted(self.sums.keys() ^ other.sums.keys())
+        if missing:
+            raise ValueError(
+                f"the two {self.noun}s cover different parameters, for instance {missing[:3]}; "
+                "measure both with the same parameters="
+            )
+
+    def require_model(self, model: nn.Module) -> None:
+        """Raises ValueError if this was measured on other weights than the model now has."""
+        found = bits.digest(state_tensors(unwrap(model)))
+        if self.settings.get("model") != found:
+            raise ValueError(
+                f"the stored {self.noun} belongs to the model "
+                f"{_short(self.settings.get('model'))}, this model is {_short(found)}: its weights "
+                "or buffers differ; measure again, or load the weights that "
+                f"the {self.noun} was measured on"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all; the settings are its metadata."""
+        target = Path(path)
+        tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
+        tensors["samples"] = self.samples
+        metadata = {
+            "format": self.file_format,
+            "count": str(self.count),
+            "settings": json.dumps(self.settings),
+        }
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls: type[M], path: str | os.PathLike[str], device: str = "cpu") -> M:
+        """Reads what `save` wrote; raises ValueError for another file."""
+        with safe_open(os.fspath(path), framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != cls.file_format:
+                raise ValueError(
+                    f"{os.fspath(path)} is no stored {cls.__name__} (format "
+                    f"{metadata.get('format')!r}); write one with {cls.__name__}.save"
+                )
+            keys = file.keys()  # safe_open is no mapping to iterate over
+            tensors = {key: file.get_tensor(key) for key in keys}
+        samples = tensors.pop("samples").cpu()
+        sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
+        return cls(sums, int(metadata["count"]), samples, json.loads(metadata["settings"]))
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}..."
