@@ -64,7 +64,7 @@ class Guard:
         clear_optimizer_state: bool = True,
         optimizers: Iterable[torch.optim.Optimizer] = (),
     ) -> None:
-        self.steps = 0  # optimizer steps seen that touched a held parameter
+        self.steps = 0  # optimizer steps seen that touched a parameter of the model
         self._model = unwrap(model)
         parameters = dict(self._model.named_parameters())
         _require_masks_fit(parameters, free)
@@ -202,7 +202,7 @@ class Guard:
         self._restore(optimizer)
         # Not where an optimizer that this one steps was counted in between: that was the same step.
         if self._begun.pop(optimizer, None) == self.steps:
-            self.steps += self._touches(optimizer, self._held)
+            self.steps += self._touches(optimizer, self._ours)
 
     @contextlib.contextmanager
     def _following(self, optimizer: Any, name: str) -> Iterator[None]:
@@ -212,7 +212,7 @@ class Guard:
         finally:
             self._restore(optimizer)
             if name == "step" and self.steps == seen:
-                self.steps += self._touches(optimizer, self._held)
+                self.steps += self._touches(optimizer, self._ours)
 
     def _touches(self, optimizer: Any, parameters: Mapping[int, object]) -> bool:
         return any(id(tensor) in parameters for tensor in known.tensors_of(optimizer))

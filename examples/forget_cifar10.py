@@ -103,7 +103,7 @@ def main() -> None:
         told = {
             "scenario": scenario.title,
             "recipe": {"optimizer": "Adam", "schedule": "cosine to 0", **vars(recipe)},
-            "machine": {"cpu": platform.processor(), "threads": torch.get_num_threads()},
+            "machine": {"platform": platform.platform(), "threads": torch.get_num_threads()},
             "rows": game.rows,
             "report": report.to_dict(),
         }
