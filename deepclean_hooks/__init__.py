@@ -12,6 +12,7 @@ from deepclean_hooks._version import __version__
 from deepclean_hooks.batch_mean import BatchMean
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
+from deepclean_hooks.gamma import GammaSweep, gamma_sweep
 from deepclean_hooks.guard import Guard, GuardError
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.methods import (
@@ -75,6 +76,7 @@ __all__ = [
     "FisherDiagonal",
     "FisherForgetting",
     "FisherMask",
+    "GammaSweep",
     "Guard",
     "GuardError",
     "ImageClassifier",
@@ -91,6 +93,7 @@ __all__ = [
     "evaluate",
     "explain",
     "fisher_diagonal",
+    "gamma_sweep",
     "unlearn",
     "unlearning",
 ]

@@ -169,12 +169,12 @@ def _plots(before: Any, after: Any) -> str:
     if not isinstance(after, Mapping):
         return ""
     unseen = "forget_test" if "forget_test" in after.get("histograms", {}) else "test"
-    words = "new data like these" if unseen == "forget_test" else "new data"
+    words = "similar new data" if unseen == "forget_test" else "new data"
     series = [
         ("forgotten, original model", BEFORE, False, before, "forget"),
         ("forgotten, unlearned model", AFTER, False, after, "forget"),
         ("forgotten, retrained model", GOLD, False, after.get("gold"), "forget"),
-        (f"{words}, unlearned model", UNSEEN, True, after, unseen),
+        (f"{words}, unlearned", UNSEEN, True, after, unseen),
     ]
     aim = "green line (retrained)" if after.get("gold") else "grey line (new data)"
     drawn = [

@@ -48,7 +48,7 @@ def _attacks(report: Told) -> list[str]:
     lines = ["## How the attackers worked", ""]
     for name, one in found:
         lines.append(
-            f"- **{name.replace('_', ' ')}**: looks at the {_safe(one['feature'])}; attacker: "
+            f"- **{name.replace('_', ' ')}**: looks at: {_safe(one['feature'])}; attacker: "
             f"`{one['attacker']}`; fitted on {_safe(one['fitted_on'])}. "
             f"Reading: {_safe(one['orientation'])}."
         )

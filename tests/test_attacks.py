@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from deepclean_hooks.evaluate import Evaluation, evaluate
+from deepclean_hooks.metrics import attack
 from deepclean_hooks.metrics.attack import THRESHOLDS
+from deepclean_hooks.metrics.outputs import Outputs, scores_of
 from deepclean_hooks.metrics.rmia import GAMMA, OFFLINE, scores
 from planted import CLASSES, FORGET, RETAIN, SETS, TEST, gold, network, original
 
@@ -160,25 +162,56 @@ def test_confidence_svc_agrees_with_sklearn_on_stored_logits() -> None:
     assert found.figures["efficacy"] == pytest.approx(expected, abs=0.7)
 
 
+def test_thinned_svc_agrees_with_one_fitted_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a thinned fit is not weighted: the penalty would be that of fewer samples."""
+    generator = torch.Generator().manual_seed(0)
+    sets = {}
+    for name, count, power in (("retain", 3000, 0.1), ("test", 1500, 0.8), ("forget", 800, 0.3)):
+        p = torch.rand(count, generator=generator).double() ** power
+        z = torch.stack([torch.logit(p, eps=1e-9), torch.zeros_like(p)], 1)
+        columns = scores_of(z, torch.zeros(count, dtype=torch.int64)).unbind(1)
+        sets[name] = Outputs(columns[0].long(), columns[1].long(), *columns[2:])
+    found = {}
+    for most in (1500, 150):
+        monkeypatch.setattr(attack, "MOST_FITTED", most)
+        found[most] = attack.confidence_svc(sets).figures["efficacy"]
+    assert 10 < found[1500] < 90
+    assert found[150] == pytest.approx(found[1500], abs=0.7)
+
+
 def test_loss_regression_agrees_with_sklearn_cross_validation() -> None:
     """Fails if the accuracy is of samples that the attacker was fitted on, or is not balanced."""
-    model, unseen = gold(15), TensorDataset(*(t[:300] for t in TEST.tensors))
-    loss = [
-        -log_softmax(logits(model, d))[np.arange(len(d)), d.tensors[1].numpy()]
-        for d in (FORGET, unseen)
-    ]
-    values = np.concatenate([np.sort(one) for one in loss])[:, None]
-    truth = np.repeat([1, 0], [len(one) for one in loss])
-    fold = np.concatenate([np.arange(len(one)) % 5 for one in loss])
-    said = np.empty(len(truth))
-    for one in range(5):
-        fit = LogisticRegression(class_weight="balanced").fit(
-            values[fold != one], truth[fold != one]
+    generator = np.random.default_rng(4)
+    differ = 0
+    for _ in range(10):
+        loss = [np.sort(generator.gamma(2, scale, n)) for scale, n in ((1.0, 13), (1.6, 21))]
+        values, truth = np.concatenate(loss)[:, None], np.repeat([1, 0], [13, 21])
+        fold = np.concatenate([np.arange(len(one)) % 5 for one in loss])
+        said = np.empty(len(truth))
+        for one in range(5):
+            fit = LogisticRegression(class_weight="balanced")
+            fit.fit(values[fold != one], truth[fold != one])
+            said[fold == one] = fit.predict(values[fold == one])
+        seen = LogisticRegression(class_weight="balanced").fit(values, truth).predict(values)
+        expected, in_sample = (
+            50 * ((x == truth)[truth == 1].mean() + (x == truth)[truth == 0].mean())
+            for x in (said, seen)
         )
-        said[fold == one] = fit.predict(values[fold == one])
-    expected = 50 * ((said == truth)[truth == 1].mean() + (said == truth)[truth == 0].mean())
-    found = evaluate(model, forget=FORGET, retain=RETAIN, test=unseen)
-    assert found.attacks["loss_regression"].figures["accuracy"] == pytest.approx(expected, abs=0.7)
+        differ += expected != in_sample
+        sets = {
+            name: with_loss(torch.from_numpy(x[::-1].copy()))
+            for name, x in zip(("forget", "test"), loss, strict=True)
+        }
+        found = attack.loss_regression(sets).figures["accuracy"]
+        assert found == pytest.approx(expected)
+    assert differ
+
+
+def with_loss(loss: Tensor) -> Outputs:
+    """Outputs of samples of class 0 with these losses."""
+    p = (-loss).exp()
+    columns = scores_of(torch.stack([p.log(), (1 - p).log()], 1), torch.zeros(len(p)).long())
+    return Outputs(columns[:, 0].long(), columns[:, 1].long(), *columns.unbind(1)[2:])
 
 
 def test_rmia_score_is_the_share_of_the_population_that_is_dominated() -> None:
@@ -225,13 +258,13 @@ def test_every_attack_says_what_it_is_or_why_it_is_not() -> None:
     """Fails if an attack is silent about its feature, fit or direction, or fails without a word."""
     complete = evaluate(gold(), **SETS)
     poor = evaluate(gold(), retain=RETAIN)
-    for attack in complete.attacks.values():
-        assert all((attack.feature, attack.attacker, attack.fitted_on, attack.orientation))
-        assert attack.figures or attack.reasons
+    for one in complete.attacks.values():
+        assert all((one.feature, one.attacker, one.fitted_on, one.orientation))
+        assert one.figures or one.reasons
     assert complete.attacks.keys() == poor.attacks.keys()
-    for attack in poor.attacks.values():
-        assert not attack.figures
-        assert attack.reasons
+    for one in poor.attacks.values():
+        assert not one.figures
+        assert one.reasons
     assert evaluate(gold(), **SETS, membership=False).attacks == {}
 
 

@@ -6,8 +6,10 @@ N: samples, C: classes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,3 +242,31 @@ def test_outputs_by_sample_are_those_of_the_model() -> None:
     assert torch.allclose(found.loss, -own, atol=1e-5)
     assert torch.allclose(found.margin, torch.logit(own.exp()), atol=1e-3)
     assert dataclasses.is_dataclass(found)
+
+
+def on_one_of_two_ranks(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    try:
+        options = {"gold": [gold(10), gold(11)], "untrained": network(99), "probe": True}
+        found = evaluate(original(), **SETS, **options, batch_size=100)
+        told = {"figures": found.figures(), "gaps": found.gaps}
+        told["distances"] = {n: one.value for n, one in found.distances.items()}
+        Path(folder, f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    """Fails if a rank attacks its own half, or puts logits or features back in another order."""
+    torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
+    options = {"gold": [gold(10), gold(11)], "untrained": network(99), "probe": True}
+    expected = evaluate(original(), **SETS, **options, batch_size=100)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        assert found["figures"] == pytest.approx(expected.figures(), rel=1e-4, abs=1e-4)
+        assert found["gaps"] == pytest.approx(expected.gaps, rel=1e-4, abs=1e-3)
+        distances = {n: one.value for n, one in expected.distances.items()}
+        assert found["distances"] == pytest.approx(distances, rel=1e-4)
