@@ -28,12 +28,13 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import losses, measure
+from deepclean_hooks import losses
 from deepclean_hooks.batch_mean import BatchMean
 from deepclean_hooks.gram import InputGrams, LayerInputs
 from deepclean_hooks.methods import ASSD, SSD, ClassProjection, FineTune
 from deepclean_hooks.methods.class_projection import search
 from deepclean_hooks.report import versions
+from deepclean_hooks.samples import samples_of
 from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,7 @@ class Bench:
         if not path.exists():
             LayerInputs()(
                 self.original,
-                measure.samples(self.train, batch_size=BATCH),
+                samples_of(self.train, batch_size=BATCH),
                 loss_fn=losses.cross_entropy,
                 parameters=ClassProjection().may_select,
                 name="train",

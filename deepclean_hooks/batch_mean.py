@@ -19,8 +19,8 @@ from deepclean_hooks.batches import Batch
 from deepclean_hooks.estimators import Estimator, rebatched
 from deepclean_hooks.fisher import Predicate
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Samples
 from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.samples import Samples
 from deepclean_hooks.wrappers import require_trainable, unwrap
 
 Objective = Callable[[nn.Module, Batch], Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deepclean_hooks import batches, losses, measure, ranks
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Samples
+from deepclean_hooks.samples import Samples
 
 BATCHES = (
     8  # of the retain set, on each rank: an entry that no sample of them reaches counts as dead

@@ -15,8 +15,8 @@ from torch.utils.data import ConcatDataset, Subset
 from deepclean_hooks import batches, bits, ranks
 from deepclean_hooks.fisher import FisherDiagonal, Predicate, fisher_diagonal
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Samples
 from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.samples import Samples
 from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
 
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepclean_hooks import measure, ranks
-from deepclean_hooks.measure import Data, Samples
+from deepclean_hooks import ranks
 from deepclean_hooks.membership import Membership, entropy_attack
 from deepclean_hooks.metrics.attack import Attack, confidence_svc, loss_regression, thresholds
 from deepclean_hooks.metrics.calibration import calibration_error
@@ -25,6 +24,7 @@ from deepclean_hooks.metrics.outputs import Outputs, collect
 from deepclean_hooks.metrics.probe import MEANING as PROBE
 from deepclean_hooks.metrics.probe import linear_probe
 from deepclean_hooks.metrics.rmia import rmia
+from deepclean_hooks.samples import Data, Samples, samples_of
 
 NO_GOLD = "it needs a gold model: pass gold="
 NO_UNTRAINED = "it needs an untrained model: pass untrained="
@@ -223,7 +223,7 @@ def evaluate(
         sets = {
             name: data
             if isinstance(data, Samples)
-            else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+            else samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
             for name, data in given.items()
             if data is not None
         }

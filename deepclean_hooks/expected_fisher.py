@@ -17,7 +17,7 @@ from deepclean_hooks.batches import Batch
 from deepclean_hooks.estimators import Estimator
 from deepclean_hooks.fisher import FisherDiagonal, Predicate, fisher_diagonal
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Samples
+from deepclean_hooks.samples import Samples
 
 
 @dataclass(frozen=True)

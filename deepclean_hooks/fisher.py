@@ -17,13 +17,19 @@ from torch import Tensor, nn
 from deepclean_hooks import batches, bits, losses, measure, ranks, shards
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Data, Samples
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.persample.engine import (
     DEFAULT_MEMORY_BUDGET,
     NonFiniteGradient,
     Plans,
     SquaredGradients,
+)
+from deepclean_hooks.samples import (
+    Data,
+    Samples,
+    require_same_on_ranks,
+    samples_of,
+    warn_if_changing,
 )
 from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
 
@@ -81,11 +87,11 @@ def fisher_diagonal(
         source = (
             data
             if isinstance(data, Samples)
-            else measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+            else samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         )
-        changing = measure.warn_if_changing(source, name)
+        changing = warn_if_changing(source, name)
         wanted = _wanted(inner, parameters)
-    measure.require_same_on_ranks(source, name, changing)
+    require_same_on_ranks(source, name, changing)
     if ranks.world()[1] > 1:
         ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
     fingerprint = bits.digest(state_tensors(inner))

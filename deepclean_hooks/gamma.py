@@ -18,8 +18,8 @@ from deepclean_hooks.evaluate import evaluate
 from deepclean_hooks.fisher import fisher_diagonal
 from deepclean_hooks.guard import Guard, NormStatistics
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Data, Samples
 from deepclean_hooks.methods.deepclean import DeepClean
+from deepclean_hooks.samples import Data, Samples, samples_of
 from deepclean_hooks.wrappers import require_trainable, unwrap
 
 FineTune = Callable[[nn.Module], object]
@@ -132,7 +132,7 @@ def gamma_sweep(
         raise ValueError("gammas is empty; give at least one")
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     sets = {
-        name: measure.samples(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+        name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         for name, data in given.items()
         if data is not None
     }

@@ -22,11 +22,11 @@ from deepclean_hooks.batches import Batch
 from deepclean_hooks.estimators import Estimator
 from deepclean_hooks.fisher import Predicate
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Samples
 from deepclean_hooks.measurement import Measurement
 
 # The body of a composite function, whose inner calls are seen: attention's projections are inside.
 from deepclean_hooks.persample.intercept import _COMPOSITES
+from deepclean_hooks.samples import Samples
 from deepclean_hooks.wrappers import require_trainable, unwrap
 
 _CONVOLUTIONS: dict[Callable[..., Any], int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}

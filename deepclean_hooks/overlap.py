@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deepclean_hooks import measure
-from deepclean_hooks.measure import Samples
 from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.samples import Samples, origin
 
 
 def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
     """Raises ValueError if `forget` and `retain` draw the same indices from one data set."""
     if "forget" not in sets or "retain" not in sets:
         return
-    forget, retain = measure.origin(sets["forget"]), measure.origin(sets["retain"])
+    forget, retain = origin(sets["forget"]), origin(sets["retain"])
     if forget is None or retain is None or forget[0] != retain[0]:
         return
     shared = sorted(forget[1] & retain[1])

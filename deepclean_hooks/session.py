@@ -29,11 +29,17 @@ from deepclean_hooks.estimators import shared_samples, together
 from deepclean_hooks.evaluate import Gold, evaluate
 from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Data, Samples
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.norm_statistics import require_choice
 from deepclean_hooks.report import Layer, Report
+from deepclean_hooks.samples import (
+    Data,
+    Samples,
+    changes_from_pass_to_pass,
+    require_same_on_ranks,
+    samples_of,
+)
 from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
 
 PHASES = ("new", "measured", "selected", "reset", "guarded", "finished")
@@ -81,7 +87,7 @@ class Session:
         self._sets: dict[str, Samples] = {}
         for name, data in (("test", test), ("forget_test", forget_test)):
             if data is not None:
-                self._sets[name] = measure.samples(data, name=name, **self._reading)
+                self._sets[name] = samples_of(data, name=name, **self._reading)
         self._phase = "new"
         self._forget: Measurement | None = None
         self._retain: Measurement | None = None
@@ -344,13 +350,13 @@ class Session:
         if ranks.world()[1] > 1:
             for name, source in self._sets.items():
                 with ranks.fail_together():
-                    changing = measure.changes_from_pass_to_pass(source)
-                measure.require_same_on_ranks(source, name, changing)
+                    changing = changes_from_pass_to_pass(source)
+                require_same_on_ranks(source, name, changing)
 
     def _name_sets(self, **sets: Data) -> None:
         with ranks.fail_together():
             for name, data in sets.items():
-                self._sets[name] = measure.samples(data, name=name, **self._reading)
+                self._sets[name] = samples_of(data, name=name, **self._reading)
             overlap.refuse_shared_indices(self._sets)
 
     def _expect(self, phase: str, call: str) -> None:

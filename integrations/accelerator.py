@@ -15,9 +15,9 @@ from deepclean_hooks import ranks, sealed, shards
 from deepclean_hooks.evaluate import Evaluation
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Data
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Method
+from deepclean_hooks.samples import Data
 from deepclean_hooks.sealed import BrokenRun
 from deepclean_hooks.session import Session
 from deepclean_hooks.wrappers import unwrap

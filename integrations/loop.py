@@ -11,9 +11,9 @@ from torch import nn
 from deepclean_hooks.evaluate import Gold
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Data
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Method
+from deepclean_hooks.samples import Data
 from deepclean_hooks.session import Session
 
 

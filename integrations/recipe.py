@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from deepclean_hooks import batches, losses, measure, ranks
 from deepclean_hooks.integrations.loop import walked
-from deepclean_hooks.measure import Data
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.training import Step
 from deepclean_hooks.report import Report
+from deepclean_hooks.samples import Data, samples_of
 from deepclean_hooks.session import Session
 from deepclean_hooks.wrappers import unwrap
 
@@ -58,7 +58,7 @@ def unlearn(
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be a positive whole number, got {epochs!r}")
-    loader = measure.samples(
+    loader = samples_of(
         retain, name="retain", batch_size=batch_size, collate_fn=collate_fn
     ).shuffled(seed)
     reading = {"batch_size": batch_size, "collate_fn": collate_fn}
@@ -70,7 +70,7 @@ def unlearn(
             if run.trains and not method.own_training:
                 _fine_tune(wrapped, loader, run.loss_fn, epochs, make, progress, accelerator)
             elif run.trains:
-                gone = measure.samples(forget, name="forget", **reading).shuffled(seed + 1)
+                gone = samples_of(forget, name="forget", **reading).shuffled(seed + 1)
                 _train_by_method(run, gone, loader, epochs, make, progress)
     return run.report
 

@@ -31,11 +31,11 @@ from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.follow import follow, weakly
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measure import Data
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods import DeepClean
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.report import Report
+from deepclean_hooks.samples import Data
 from deepclean_hooks.sealed import BrokenRun
 from deepclean_hooks.session import Session
 from deepclean_hooks.wrappers import unwrap

@@ -21,6 +21,7 @@ LAYERS = (
     {"_version", "wrappers", "ranks", "shards", "follow", "svg", "report_rows", "plots"},
     {"bits"},
     {"batches", "masks", "membership", "norm_statistics", "optimizers", "sealed", "checkpoint"},
+    {"samples"},
     {"measure", "held", "identifiers", "report_html", "report_markdown", "verify"},
     {"losses"},
     {"persample"},

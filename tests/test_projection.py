@@ -208,11 +208,11 @@ def test_equals_the_decomposition_of_stored_activations(
 def grams(kind: str, data: TensorDataset, how: LayerInputs, batch_size: int = 7) -> InputGrams:
     """The Gram matrices of a set."""
     from deepclean_hooks.losses import cross_entropy
-    from deepclean_hooks.measure import samples
+    from deepclean_hooks.samples import samples_of
 
     return how(
         build(kind),
-        samples(data, batch_size=batch_size),
+        samples_of(data, batch_size=batch_size),
         loss_fn=cross_entropy,
         parameters=lambda n, p: p.dim() > 1,
         name="data",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deepclean_hooks import losses, measure, ranks
 from deepclean_hooks.batches import Batch
-from deepclean_hooks.measure import Samples
+from deepclean_hooks.samples import Samples
 
 MOST_LOGITS = 2**25  # entries of one set, 128 MiB in float32; a larger set keeps none
 MOST_FEATURES = 2000  # samples of one set whose features are kept, evenly spread over it

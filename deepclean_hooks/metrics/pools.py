@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import measure
-from deepclean_hooks.measure import Data
 from deepclean_hooks.metrics.attack import Attack, ranked
 from deepclean_hooks.metrics.outputs import collect
+from deepclean_hooks.samples import Data, samples_of
 
 CLIP = 100.0
 BINS = 20
@@ -36,7 +35,7 @@ def margins(
     One model at a time is held, so `models` may be a generator. Equal to logit(p_y), the rescaled
     logit of LiRA, in a form that does not overflow.
     """
-    source = measure.samples(data, name="data", batch_size=batch_size, collate_fn=collate_fn)
+    source = samples_of(data, name="data", batch_size=batch_size, collate_fn=collate_fn)
     rows = [collect(model, source, "data").margin.clamp(-CLIP, CLIP) for model in models]
     if not rows:
         raise ValueError("margins needs at least one model, none was given")

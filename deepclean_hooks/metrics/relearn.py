@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from deepclean_hooks import batches, losses, measure, ranks
-from deepclean_hooks.measure import Data, Samples
 from deepclean_hooks.metrics.distance import Measured
 from deepclean_hooks.metrics.outputs import collect
+from deepclean_hooks.samples import Data, Samples, samples_of
 from deepclean_hooks.wrappers import unwrap
 
 
@@ -43,7 +43,7 @@ def relearn_steps(
     source = (
         forget
         if isinstance(forget, Samples)
-        else measure.samples(forget, name="forget", batch_size=batch_size, collate_fn=collate_fn)
+        else samples_of(forget, name="forget", batch_size=batch_size, collate_fn=collate_fn)
     )
     pupil = copy.deepcopy(unwrap(model))
     device = measure.device_of(pupil)
