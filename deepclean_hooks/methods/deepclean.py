@@ -68,15 +68,7 @@ class DeepClean(Method):
         """The entries with I_Df > gamma * I_Dr that are not mere rounding noise on the forget
         side."""
         above = exceeds(forget, retain, self.gamma)
-        noise = rounding_noise(forget)
-        held = {name: int((mask & noise[name]).sum()) for name, mask in above.items()}
-        return Selection(
-            masks={name: mask & ~noise[name] for name, mask in above.items()},
-            candidates=sum(mask.numel() for mask in above.values()),
-            criterion=f"I_Df > {self.gamma:g} * I_Dr",
-            held_back=sum(held.values()),
-            held_back_by_layer={name: count for name, count in held.items() if count},
-        )
+        return above_noise(above, forget, f"I_Df > {self.gamma:g} * I_Dr")
 
     def new_values(
         self,
@@ -101,6 +93,19 @@ def exceeds(one: Measurement, other: Measurement, factor: float) -> Mask:
         name: total * other.count > factor * other.sums[name] * one.count
         for name, total in one.sums.items()
     }
+
+
+def above_noise(above: Mask, forget: Measurement, criterion: str) -> Selection:
+    """The selection of those entries above a criterion that are no rounding noise of `forget`."""
+    noise = rounding_noise(forget)
+    held = {name: int((mask & noise[name]).sum()) for name, mask in above.items()}
+    return Selection(
+        masks={name: mask & ~noise[name] for name, mask in above.items()},
+        candidates=sum(mask.numel() for mask in above.values()),
+        criterion=criterion,
+        held_back=sum(held.values()),
+        held_back_by_layer={name: count for name, count in held.items() if count},
+    )
 
 
 def rounding_noise(diagonal: Measurement) -> Mask:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deepclean_hooks.batch_mean import BatchMean, OutputMagnitude
 from deepclean_hooks.estimators import Estimator, PerSampleFisher
 from deepclean_hooks.measurement import Measurement
-from deepclean_hooks.methods.deepclean import rounding_noise
+from deepclean_hooks.methods.deepclean import above_noise
 from deepclean_hooks.methods.method import Mask, Method, Selection
 
 
@@ -120,18 +120,9 @@ class SSD(Method):
     ) -> Selection:
         own, whole = forget.mean(), self._whole(forget, retain).mean()
         masks = {name: own[name] > whole[name] * alpha for name in own}
-        candidates = sum(mask.numel() for mask in masks.values())
-        if self.joint:
-            return Selection(masks, candidates, criterion)
-        noise = rounding_noise(forget)
-        held = {name: int((mask & noise[name]).sum()) for name, mask in masks.items()}
-        return Selection(
-            masks={name: mask & ~noise[name] for name, mask in masks.items()},
-            candidates=candidates,
-            criterion=criterion,
-            held_back=sum(held.values()),
-            held_back_by_layer={name: count for name, count in held.items() if count},
-        )
+        if not self.joint:
+            return above_noise(masks, forget, criterion)
+        return Selection(masks, sum(mask.numel() for mask in masks.values()), criterion)
 
 
 @dataclass(frozen=True)
