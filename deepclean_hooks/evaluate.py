@@ -221,9 +221,7 @@ def evaluate(
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     with ranks.fail_together():
         sets = {
-            name: data
-            if isinstance(data, Samples)
-            else samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+            name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
             for name, data in given.items()
             if data is not None
         }

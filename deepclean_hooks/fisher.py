@@ -84,11 +84,7 @@ def fisher_diagonal(
     loss = loss_fn or losses.cross_entropy
     with ranks.fail_together():
         shards.refuse_sharded(inner)
-        source = (
-            data
-            if isinstance(data, Samples)
-            else samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-        )
+        source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         changing = warn_if_changing(source, name)
         wanted = _wanted(inner, parameters)
     require_same_on_ranks(source, name, changing)

@@ -25,7 +25,7 @@ from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
 
 # The body of a composite function, whose inner calls are seen: attention's projections are inside.
-from deepclean_hooks.persample.intercept import _COMPOSITES
+from deepclean_hooks.persample.intercept import COMPOSITES
 from deepclean_hooks.samples import Samples
 from deepclean_hooks.wrappers import require_trainable, unwrap
 
@@ -164,9 +164,9 @@ class Grams(TorchFunctionMode):
     ) -> Any:
         """Runs one torch function; looks at its input if it is a layer's."""
         kwargs = kwargs or {}
-        if func in _COMPOSITES:
+        if func in COMPOSITES:
             with self:
-                return _COMPOSITES[func](*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         if func is F.linear:
             self._linear(*args, **kwargs)
         elif func in _CONVOLUTIONS:

@@ -32,11 +32,7 @@ def walk(
     shows on a terminal. Samples are read in index order: order, shuffle, drop_last and padding of a
     loader have no effect.
     """
-    source = (
-        data
-        if isinstance(data, Samples)
-        else samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-    )
+    source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
     # disable=None: tqdm shows nothing where standard error is not a terminal.
     hidden = None if progress is not None and ranks.is_first() else True
     for batch in tqdm(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepclean_hooks import bits
+from deepclean_hooks.whole import written_whole
 from deepclean_hooks.wrappers import state_tensors, unwrap
 
 M = TypeVar("M", bound="Measurement")
@@ -140,14 +140,8 @@ class Measurement:
             "count": str(self.count),
             "settings": json.dumps(self.settings),
         }
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
-        try:
+        with written_whole(target) as temporary:
             save_file(tensors, temporary, metadata)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @classmethod
     def load(cls: type[M], path: str | os.PathLike[str], device: str = "cpu") -> M:

@@ -91,14 +91,20 @@ class Samples:
 
 
 def samples_of(
-    data: Data, *, name: str = "data", batch_size: int | None = None, collate_fn: Any = None
+    data: Data | Samples,
+    *,
+    name: str = "data",
+    batch_size: int | None = None,
+    collate_fn: Any = None,
 ) -> Samples:
     """The distinct samples of a DataLoader or a Dataset, whatever its order, shuffling or
-    drop_last.
+    drop_last; Samples are returned as they are.
 
     Raises ValueError for an empty set and for a sampler that repeats samples, TypeError for
     anything else.
     """
+    if isinstance(data, Samples):
+        return data
     if isinstance(data, DataLoader):
         return _of_loader(data, name, batch_size, collate_fn)
     if isinstance(data, IterableDataset):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import bits
+from deepclean_hooks.whole import written_whole
 from deepclean_hooks.wrappers import unwrap
 
 _FORMAT = "deepclean-hooks run 1"
@@ -54,14 +53,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def write(sealed: Mapping[str, Any], path: Path) -> None:
     """Writes the file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with written_whole(path) as temporary:
         torch.save(dict(sealed), temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def read(path: Path) -> dict[str, Any]:

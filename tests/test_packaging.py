@@ -18,7 +18,7 @@ OPTIONAL = ("transformers", "accelerate", "torchvision", "timm", "sklearn", "mat
 
 # A module may import those of a lower layer, and its own package; parts of a package count as it.
 LAYERS = (
-    {"_version", "wrappers", "ranks", "shards", "follow", "svg", "report_rows", "plots"},
+    {"_version", "wrappers", "ranks", "shards", "follow", "svg", "whole", "report_rows", "plots"},
     {"bits"},
     {"batches", "masks", "membership", "norm_statistics", "optimizers", "sealed", "checkpoint"},
     {"samples"},

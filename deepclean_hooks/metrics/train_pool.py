@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from deepclean_hooks import ranks
+from deepclean_hooks.whole import written_whole
 from deepclean_hooks.wrappers import unwrap
 
 Train = Callable[[int, Sequence[int]], nn.Module]
@@ -75,11 +75,5 @@ def _name(seed: int, indices: tuple[int, ...]) -> str:
 
 def _write(model: nn.Module, path: Path) -> None:
     state = {name: value.to("cpu") for name, value in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with written_whole(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

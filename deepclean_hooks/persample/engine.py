@@ -18,7 +18,7 @@ from deepclean_hooks.batches import Batch
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import Sums
-from deepclean_hooks.persample.forwards import ModelChanged, ServedPass, Use
+from deepclean_hooks.persample.forwards import Meetings, ModelChanged, ServedPass, Use
 from deepclean_hooks.persample.intercept import Interception
 from deepclean_hooks.persample.plan import Plan, classify
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
@@ -118,7 +118,7 @@ class SquaredGradients:
         except probe.SamplesMixed:
             raise
         except Exception as reason:  # whatever it is, the one-sample loop needs no interception
-            plan = Plan(seen=probe.nothing())
+            plan = Plan(Meetings())
             why = f"it could not be probed: {type(reason).__name__}: {reason}"
             plan.demote(dict.fromkeys(self.parameters, why))
         self._self_check(few, plan)

@@ -62,7 +62,7 @@ def _entered(function: Any) -> Callable[..., Any]:
     return copy
 
 
-_COMPOSITES = {F.multi_head_attention_forward: _entered(F.multi_head_attention_forward)}
+COMPOSITES = {F.multi_head_attention_forward: _entered(F.multi_head_attention_forward)}
 
 
 def _writes_in_place(name: str) -> bool:
@@ -90,9 +90,9 @@ class Interception(TorchFunctionMode):
         sides = kind(args) | kind(kwargs)
         if sides == NEITHER:
             return func(*args, **kwargs)
-        if func in _COMPOSITES:
+        if func in COMPOSITES:
             with self:
-                return _COMPOSITES[func](*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         if sides == BOTH and func in _SHAPE_ONLY:
             sides = kind(args[:1])
             out = func(*args, **kwargs)

@@ -41,11 +41,6 @@ def samples(batch: Batch, count: int) -> Batch:
     return batches.rows(batch, torch.arange(count) % batches.size(batch))
 
 
-def nothing() -> Meetings:
-    """What is known about a model that could not be probed."""
-    return Meetings()
-
-
 def marked(batch: Batch) -> Batch:
     """The batch with its tensors noted as data; views, so the user's own tensors carry no note."""
     viewed = batches.map_tensors(batch, lambda t: t.detach().view_as(t))
