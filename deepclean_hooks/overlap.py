@@ -54,3 +54,18 @@ def without(stored: Measurement, forget: Measurement) -> Measurement:
             "already, or measure again"
         )
     return stored
+
+
+def of_both(stored: Measurement, forget: Measurement) -> Measurement:
+    """A stored measurement of the whole training set, for an estimator that is no sum of two walks.
+
+    Raises ValueError unless every forget sample is in it.
+    """
+    stored.require_same_origin(forget)
+    present, wanted = stored.contains(forget), len(forget.samples)
+    if present < wanted:
+        raise ValueError(
+            f"{wanted - present} of the {wanted} forget samples are not in the stored "
+            f"{stored.noun}, which must be of the whole training set; measure that"
+        )
+    return stored.restricted_to(forget.sums)

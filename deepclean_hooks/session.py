@@ -130,7 +130,8 @@ class Session:
         with self._timed("fisher"):
             self._forget = self._measured("forget")
             if isinstance(retain, Measurement):
-                self._retain = overlap.without(retain, self._forget)
+                served = overlap.of_both if self.method.joint else overlap.without
+                self._retain = served(retain, self._forget)
             else:
                 self._retain = self._measured("retain")
         forgotten, retained = len(self._forget.samples), len(self._retain.samples)
@@ -380,7 +381,13 @@ class Session:
                 f"{self.method.name} needs a stored {estimator.result.__name__}, got "
                 f"{type(stored).__name__}; pass the retain set to have it measured"
             )
-        if not estimator.additive or self.method.joint:
+        if self.method.joint and stored.settings.get("estimator") != repr(estimator):
+            raise ValueError(
+                f"{self.method.name} needs a measurement of the whole training set by "
+                f"{estimator!r}, the stored one is by {stored.settings.get('estimator')}; pass the "
+                "retain set to have it measured"
+            )
+        if not estimator.additive and not self.method.joint:
             raise ValueError(
                 f"{estimator!r} cannot subtract samples from a stored measurement; pass the retain "
                 "set"

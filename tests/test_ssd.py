@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
+from deepclean_hooks import losses
 from deepclean_hooks.batch_mean import BatchMean, OutputMagnitude
 from deepclean_hooks.bits import differing
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods import ASSD, LFSSD, SSD
+from deepclean_hooks.samples import samples_of
 from reference import squared_gradients
 
 
@@ -202,6 +205,33 @@ def test_stored_diagonal_of_the_whole_training_set() -> None:
     for method in (SSD(estimator=BatchMean()), LFSSD()):
         with pytest.raises((ValueError, TypeError), match="pass the retain set"):
             deepclean.Session(network(), method, scores=False).measure(FORGET, stored)
+
+
+def test_stored_batch_means_of_the_whole_training_set() -> None:
+    """Fails if a stored importance of D, the order of its batches the published one, gives other
+    bits than walking D, or one that lacks forget samples is taken."""
+    method = SSD(1.5, estimator=BatchMean(batch_size=8))
+    direct = unlearned(network(), method)
+
+    def stored(*parts: Dataset) -> Measurement:
+        source = samples_of(ConcatDataset(parts), batch_size=8)
+        return method.estimator(
+            network(),
+            source,
+            loss_fn=losses.cross_entropy,
+            parameters=method.may_select,
+            name="train",
+            progress=False,
+        )
+
+    model = network()
+    run = deepclean.Session(model, method, scores=False)
+    run.measure(FORGET, stored(RETAIN, FORGET)).select()
+    run.reset()
+    assert run.report.retain_samples == len(RETAIN)
+    assert all(torch.equal(p, direct[n]) for n, p in model.named_parameters())
+    with pytest.raises(ValueError, match="not in the stored measurement"):
+        deepclean.Session(network(), method, scores=False).measure(FORGET, stored(RETAIN))
 
 
 def test_fine_tuning_may_follow() -> None:
