@@ -43,6 +43,7 @@ from deepclean_hooks.session import Session
 if TYPE_CHECKING:
     from deepclean_hooks.integrations.accelerator import DeepCleanHook
     from deepclean_hooks.integrations.classifier import ImageClassifier
+    from deepclean_hooks.integrations.lightning_trainer import DeepCleanLightningCallback
     from deepclean_hooks.integrations.loop import unlearning
     from deepclean_hooks.integrations.recipe import unlearn
     from deepclean_hooks.integrations.trainer import DeepCleanCallback
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 _ADAPTERS = {
     "DeepCleanCallback": "trainer",
     "DeepCleanHook": "accelerator",
+    "DeepCleanLightningCallback": "lightning_trainer",
     "ImageClassifier": "classifier",
     "unlearn": "recipe",
     "unlearning": "loop",
@@ -70,6 +72,7 @@ __all__ = [
     "DeepClean",
     "DeepCleanCallback",
     "DeepCleanHook",
+    "DeepCleanLightningCallback",
     "Evaluation",
     "Explanation",
     "FineTune",
@@ -107,7 +110,8 @@ def __getattr__(name: str) -> Any:
     try:
         adapter = import_module(f"{__name__}.integrations.{_ADAPTERS[name]}")
     except ModuleNotFoundError as missing:
+        extra = "lightning" if missing.name == "lightning" else "trainer"
         raise ImportError(
-            f"{name} needs {missing.name}: pip install 'deepclean-hooks[trainer]'"
+            f"{name} needs {missing.name}: pip install 'deepclean-hooks[{extra}]'"
         ) from missing
     return getattr(adapter, name)

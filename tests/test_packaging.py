@@ -14,7 +14,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "deepclean_hooks"
-OPTIONAL = ("transformers", "accelerate", "torchvision", "timm", "sklearn", "matplotlib")
+OPTIONAL = (
+    "transformers",
+    "accelerate",
+    "lightning",
+    "torchvision",
+    "timm",
+    "sklearn",
+    "matplotlib",
+)
 
 # A module may import those of a lower layer, and its own package; parts of a package count as it.
 LAYERS = (
@@ -30,7 +38,10 @@ LAYERS = (
     {"estimators"},
     {"batch_mean", "expected_fisher", "gram"},
     {"dead", "guard", "report", "methods", "overlap"},
-    {"session", "gamma", "__main__"},
+    {"trial"},
+    {"gamma"},
+    {"gamma_auto"},
+    {"session", "__main__"},
     {"integrations"},
     {"testing"},
 )
@@ -94,7 +105,7 @@ def test_metadata_names_version_licence_and_extras(wheel: Path) -> None:
     assert f"Version: {version}" in lines
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.split()[-1] for line in lines if line.startswith("Provides-Extra:")}
-    assert extras == {"all", "dev", "evaluate", "plots", "test", "trainer", "vision"}
+    assert extras == {"all", "dev", "evaluate", "lightning", "plots", "test", "trainer", "vision"}
 
 
 def test_import_loads_no_optional_library() -> None:
@@ -151,10 +162,10 @@ def test_imports_point_one_way(name: str, path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "path"), MODULES)
 def test_only_named_modules_import_what_is_theirs(name: str, path: Path) -> None:
-    """Fails if collectives leave ranks.py, or transformers or accelerate leave the adapters."""
+    """Fails if collectives leave ranks.py, or a training library leaves the adapters."""
     for dotted in imports(path):
         top = dotted.split(".")[0]
-        if top in ("transformers", "accelerate"):
+        if top in ("transformers", "accelerate", "lightning"):
             assert name.startswith("integrations."), dotted
         if dotted.startswith("torch.distributed") and name != "ranks":
             raise AssertionError(f"{name} imports {dotted}; only ranks speaks torch.distributed")

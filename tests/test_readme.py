@@ -1,6 +1,7 @@
 """Every Python snippet of the README runs as it stands, given a model and loaders."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,27 @@ def surroundings() -> dict[str, object]:
     return {"torch": torch, "F": F, "model": network(), "gold_model": network(), **loaders, **sets}
 
 
+def lightning_module(model: nn.Module) -> nn.Module:
+    """The model as a LightningModule; Lightning is imported for its own snippet only."""
+    import lightning.pytorch as lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.net(images)
+
+        def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    return Module()
+
+
 # A Trainer asks for pinned memory, with or without a GPU.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
@@ -42,7 +64,11 @@ def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     names = surroundings()
     exec("import deepclean_hooks as deepclean", names)
-    exec(compile(SNIPPETS[index], f"README.md snippet {index}", "exec"), names)
+    with warnings.catch_warnings():
+        if "lightning_module" in SNIPPETS[index]:
+            warnings.simplefilter("ignore")  # it warns of few steps, few workers and loggers
+            names["lightning_module"] = lightning_module(names["model"])
+        exec(compile(SNIPPETS[index], f"README.md snippet {index}", "exec"), names)
     assert "deepclean" in SNIPPETS[index] or "Trainer" in SNIPPETS[index]
 
 
