@@ -2,10 +2,13 @@
 same batches.
 
     OMP_NUM_THREADS=1 python benchmarks/fisher.py [--models resnet18 ...] [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/fisher.py --peers [--json FILE]
 
 Both are run in turn in one process on the same batches with the same threads; the ratio is the
 median over repeats, with the smallest and the largest beside it. "first" includes what happens once
-for a model: probing, planning and the self-check against the one-sample loop.
+for a model: probing, planning and the self-check against the one-sample loop. `--peers` puts other
+libraries' ways beside ours (see peers.py) on one batch each; `--cpu-time` counts the processor
+seconds of the one thread, for a machine that others use too.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.loop import squared_gradients
 from deepclean_hooks.report import versions
 from machine import machine
+from peers import compared
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -66,6 +70,14 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def plain_cnn() -> nn.Module:
+    """Convolutions and linear layers alone, which every library serves."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in ((3, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
 # name: (how to build it, image size, batch size)
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet18": (resnet18, 32, 32),
@@ -77,12 +89,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "swin_tiny": (timm_model("swin_tiny_patch4_window7_224", img_size=112), 112, 32),
     "mobilenetv3_small": (timm_model("mobilenetv3_small_100"), 96, 32),
 }
+BESIDE_PEERS = {"plain CNN": (plain_cnn, 32, 32), **MODELS}
+
+
+clock = time.perf_counter
 
 
 def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def plain(model: nn.Module, batches: Batches) -> None:
@@ -148,16 +164,55 @@ def row(name: str, count: int, repeats: int, loop: bool) -> dict[str, Any]:
     return result
 
 
+def beside_peers(name: str, most: int) -> dict[str, Any]:
+    """Our seconds for a batch of at most `most` samples, the plain pass's and the others'."""
+    build, size, batch_size = BESIDE_PEERS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    n = min(most, batch_size)
+    batch = (torch.randn(n, 3, size, size), torch.randint(0, 10, (n,)))
+    with measure.no_trace(model):
+        engine = SquaredGradients(model, dict(model.named_parameters()))
+        engine.plan_for(batch)
+        plain(model, [batch])
+        base = min(timed(lambda: plain(model, [batch])) for _ in range(2))
+        ours = min(timed(lambda: exact(engine, [batch])) for _ in range(2))
+    rows = compared(model, batch, timed)
+    for found in rows.values():
+        found["ratio"] = None if found["seconds"] is None else found["seconds"] / base
+    return {"model": name, "samples": n, "plain_seconds": base, "ratio": ours / base, "peers": rows}
+
+
+def peers(options: argparse.Namespace) -> None:
+    rows = []
+    for name in options.models or BESIDE_PEERS:
+        rows.append(beside_peers(name, options.samples))
+        print(json.dumps(rows[-1]), flush=True)
+        if options.json:
+            told = {"machine": machine(), "versions": versions(), "clock": clock.__name__}
+            told["rows"] = rows
+            options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
+    global clock
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--models", nargs="*")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loop", action="store_true", help="time the one-sample loop too")
+    parser.add_argument("--peers", action="store_true", help="other libraries, one batch each")
+    parser.add_argument("--samples", type=int, default=8, help="of the batch that peers are given")
+    parser.add_argument("--cpu-time", action="store_true", help="processor instead of wall time")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.cpu_time:
+        clock = time.process_time
+    if options.peers:
+        peers(options)
+        return
     rows = []
-    for name in options.models:
+    for name in options.models or MODELS:
         rows.append(row(name, options.batches, options.repeats, options.loop))
         print(
             "{model:24} {plain_ms_per_batch:8.0f} ms   ratio {ratio:.2f} "
@@ -173,6 +228,7 @@ def main() -> None:
             "versions": versions(),
             "batches": options.batches,
             "repeats": options.repeats,
+            "clock": clock.__name__,
             "geometric_mean": mean,
             "rows": rows,
         }

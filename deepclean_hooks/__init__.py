@@ -13,6 +13,7 @@ from deepclean_hooks.batch_mean import BatchMean
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
 from deepclean_hooks.gamma import GammaSweep, gamma_sweep
+from deepclean_hooks.gamma_auto import GammaChoice, choose_gamma
 from deepclean_hooks.guard import Guard, GuardError
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.methods import (
@@ -79,6 +80,7 @@ __all__ = [
     "FisherDiagonal",
     "FisherForgetting",
     "FisherMask",
+    "GammaChoice",
     "GammaSweep",
     "Guard",
     "GuardError",
@@ -93,6 +95,7 @@ __all__ = [
     "SalUn",
     "Session",
     "__version__",
+    "choose_gamma",
     "evaluate",
     "explain",
     "fisher_diagonal",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses, measure
+from deepclean_hooks import batches, losses, measure, ranks
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.estimators import Estimator, rebatched
 from deepclean_hooks.fisher import Predicate
@@ -45,9 +45,9 @@ class _BatchGradients(Estimator):
         """How many terms of the mean a batch is."""
         return 1
 
-    def ordered(self, data: Samples) -> Samples:
-        """The samples in the order they are walked in: their own."""
-        return data
+    def source(self, data: Samples, name: str) -> Samples:
+        """The samples in the batches and in the order they are walked in."""
+        return rebatched(self, data, self.batch_size, name)
 
     accumulate: torch.dtype | None = None  # None: the weights' own, as the published code does
 
@@ -62,7 +62,7 @@ class _BatchGradients(Estimator):
         progress: bool,
     ) -> Measurement:
         """One backward pass a batch."""
-        source = self.ordered(rebatched(self, data, self.batch_size, name))
+        source = self.source(data, name)
         settings = self.described(model, loss_fn, batch_size=self.batch_size)
         everything = require_trainable(unwrap(model))
         wanted = {n: p for n, p in everything.items() if parameters(n, p)}
@@ -71,11 +71,15 @@ class _BatchGradients(Estimator):
             sums = {n: torch.zeros_like(p, dtype=self.accumulate) for n, p in wanted.items()}
             device = measure.device_of(inner)
             label = f"gradients {name}" if progress else None
-            for batch in measure.walk(source, device=device, dtype=dtype, progress=label):
-                ids.extend(batches.sample_ids(batch))
-                count += self.terms(batch)
-                for key, gradient in _gradients(inner, batch, self.objective(loss_fn), wanted):
-                    sums[key] += self.term(gradient)
+            with ranks.fail_together():
+                for batch in measure.walk(source, device=device, dtype=dtype, progress=label):
+                    ids.extend(batches.sample_ids(batch))
+                    count += self.terms(batch)
+                    for key, gradient in _gradients(inner, batch, self.objective(loss_fn), wanted):
+                        sums[key] += self.term(gradient)
+        ranks.sum_over_ranks(sums)
+        count = sum(ranks.gather(count))
+        ids = [i for part in ranks.gather(ids) for i in part]
         settings["computed"] = str(next(iter(wanted.values())).dtype).removeprefix("torch.")
         samples = torch.tensor(sorted(ids), dtype=torch.int64)
         return Measurement(sums, count, samples, settings)
@@ -110,8 +114,9 @@ class BatchMean(_BatchGradients):
     batch_size: int = 64
     seed: int | None = None
 
-    def ordered(self, data: Samples) -> Samples:
-        """Their own order, or one drawn by the seed."""
+    def source(self, data: Samples, name: str) -> Samples:
+        """In their own order, or in one drawn by the seed."""
+        data = super().source(data, name)
         if self.seed is None or data.indices is None:
             return data
         drawn = torch.randperm(
@@ -164,6 +169,12 @@ class MeanGradient(_BatchGradients):
     batch_size: int = 64
     additive = True
     accumulate = torch.float64
+
+    def source(self, data: Samples, name: str) -> Samples:
+        """In batches of its own size where it can choose, on any number of ranks."""
+        if data.indices is None:
+            return data
+        return dataclasses.replace(data, batch_size=self.batch_size)
 
     def objective(self, loss_fn: LossFn) -> Objective:
         """The sum of the losses."""

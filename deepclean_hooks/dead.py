@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses, measure, ranks
+from deepclean_hooks import batches, losses, measure, ranks, shards
+from deepclean_hooks.batches import Batch
 from deepclean_hooks.losses import LossFn
+from deepclean_hooks.persample.engine import DEFAULT_MEMORY_BUDGET
+from deepclean_hooks.persample.plan import leaves
+from deepclean_hooks.persample.probe import groups
 from deepclean_hooks.samples import Samples
 
 BATCHES = (
@@ -37,22 +41,80 @@ def dead_entries(
     with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
         named = dict(inner.named_parameters())
         parameters = {name: named[name] for name in masks}
-        alive = {name: torch.zeros_like(mask) for name, mask in masks.items()}
         if batch_statistics:
             for module in inner.modules():
                 module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        device = measure.device_of(inner)
-        walked = measure.walk(retain, device=device, dtype=dtype)
-        with ranks.fail_together():
-            for batch in itertools.islice(walked, BATCHES):
-                if batches.size(batch) == 1 and batch_statistics:
-                    continue  # BatchNorm cannot normalise one sample by itself
-                loss = losses.per_sample(loss_fn(inner, batch), batches.size(batch)).mean()
-                gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-                for name, gradient in zip(parameters, gradients, strict=True):
-                    if gradient is not None:
-                        alive[name] |= gradient != 0
+        fewest = 2 if batch_statistics else 1  # BatchNorm cannot normalise one sample by itself
+        reached = _reached_sharded if shards.is_sharded(inner) else _reached
+        alive = reached(inner, parameters, retain, loss_fn, fewest, dtype)
+    return {name: shards.total(mask & ~alive[name]) for name, mask in masks.items()}
+
+
+def _reached(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    retain: Samples,
+    loss_fn: LossFn,
+    fewest: int,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """True where the gradient is not 0 in one of the first batches of any rank."""
+    alive = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in parameters.items()}
+    walked = measure.walk(retain, device=measure.device_of(model), dtype=dtype)
+    with ranks.fail_together():
+        for batch in itertools.islice(walked, BATCHES):
+            if batches.size(batch) >= fewest:
+                loss = _mean_loss(model, loss_fn, batch)
+                for name, gradient in _gradients(loss, parameters).items():
+                    alive[name] |= gradient != 0
     # Not 8 bits: 256 ranks would add up to 0.
     counts = {name: tensor.to(torch.int32) for name, tensor in alive.items()}
     ranks.sum_over_ranks(counts)
-    return {name: int((mask & (counts[name] == 0)).sum()) for name, mask in masks.items()}
+    return {name: count > 0 for name, count in counts.items()}
+
+
+def _reached_sharded(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    retain: Samples,
+    loss_fn: LossFn,
+    fewest: int,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """The same under FSDP2, sharded as the parameters; whole gradients of a part of the model at a
+    time."""
+    alive = {n: torch.zeros_like(shards.local(p), dtype=torch.bool) for n, p in parameters.items()}
+    whole = shards.Unsharded(model)
+    unsharded = whole.parameters
+    names = {id(p): name for name, p in unsharded.items()}
+    device = measure.device_of(model)
+    for group in groups({name: unsharded[name] for name in parameters}, DEFAULT_MEMORY_BUDGET):
+        walked = measure.walk_together(retain, device=device, dtype=dtype)
+        for padded, counted in itertools.islice(walked, BATCHES):
+            if batches.size(padded) < fewest:
+                continue
+            # One that is too small is run as padded, for the other ranks, and not looked at.
+            seen = counted >= fewest
+            batch = batches.rows(padded, torch.arange(counted)) if seen else padded
+            with ranks.fail_together():
+                loss = _mean_loss(model, loss_fn, batch)
+            beside = whole.one_of_each(leaves(loss, names))
+            for name, gradient in _gradients(loss, group, beside).items():
+                nonzero = (gradient != 0).float().mul_(float(seen))
+                alive[name] |= shards.summed_part(nonzero, parameters[name]) > 0
+    plain = {n: a.to(torch.int32) for n, a in alive.items() if not shards.is_shard(parameters[n])}
+    ranks.sum_over_ranks(plain)
+    alive.update({name: count > 0 for name, count in plain.items()})
+    return {name: shards.sharded_as(part, parameters[name]) for name, part in alive.items()}
+
+
+def _mean_loss(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Tensor:
+    return losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
+
+
+def _gradients(
+    loss: Tensor, parameters: Mapping[str, Tensor], beside: Sequence[Tensor] = ()
+) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, [*parameters.values(), *beside], allow_unused=True)
+    named = zip(parameters, found, strict=False)
+    return {name: gradient for name, gradient in named if gradient is not None}

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
 
-from deepclean_hooks import batches, bits, ranks
+from deepclean_hooks import batches, bits, ranks, shards
 from deepclean_hooks.fisher import FisherDiagonal, Predicate, fisher_diagonal
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.persample.remembered import plans_of
 from deepclean_hooks.samples import Samples
 from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
 
@@ -44,7 +45,9 @@ class Estimator(ABC):
         """The measurement of every sample once; `name` is the set's, for messages."""
 
     def described(self, model: nn.Module, loss_fn: LossFn, **more: Any) -> dict[str, Any]:
-        """The settings of a measurement that is about to be made."""
+        """The settings of a measurement that is about to be made; raises ValueError for a sharded
+        model, which only the exact Fisher diagonal serves."""
+        shards.refuse_sharded(unwrap(model), repr(self))
         return {
             "model": bits.digest(state_tensors(unwrap(model))),
             "loss": f"{loss_fn.__module__}.{getattr(loss_fn, '__qualname__', '?')}",
@@ -56,7 +59,11 @@ class Estimator(ABC):
 
 @dataclass(frozen=True)
 class PerSampleFisher(Estimator):
-    """The exact empirical Fisher diagonal: the square of each sample's own gradient."""
+    """The exact empirical Fisher diagonal: the square of each sample's own gradient.
+
+    The model is probed and checked at its first measurement; later ones, of other sets or for other
+    requests, use what was found as long as the model lives.
+    """
 
     result = FisherDiagonal
 
@@ -72,7 +79,13 @@ class PerSampleFisher(Estimator):
     ) -> FisherDiagonal:
         """`fisher_diagonal` of the set."""
         return fisher_diagonal(
-            model, data, loss_fn=loss_fn, parameters=parameters, name=name, progress=progress
+            model,
+            data,
+            loss_fn=loss_fn,
+            parameters=parameters,
+            plans=plans_of(unwrap(model)),
+            name=name,
+            progress=progress,
         )
 
 

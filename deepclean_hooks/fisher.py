@@ -7,6 +7,7 @@ labels, in eval mode.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from deepclean_hooks.persample.engine import (
     Plans,
     SquaredGradients,
 )
+from deepclean_hooks.persample.sharded import ShardedSquaredGradients
 from deepclean_hooks.samples import (
     Data,
     Samples,
@@ -39,7 +41,8 @@ Predicate = Callable[[str, nn.Parameter], bool]
 class FisherDiagonal(Measurement):
     """Sums of squared per-sample gradients and how many samples they are of.
 
-    `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype; owned by
+    `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype, sharded
+    if the parameter is (`.full_tensor()` gathers it, `.to_local()` is this rank's part); owned by
     this object. `samples`: (count,) int64 on the CPU, sorted: one 64-bit fingerprint of each
     sample's content. `settings`: how it was obtained (digest of the model, loss, estimator, dtypes,
     versions), compared by `+` and `-`. Where rounding leaves a negative difference, `-` puts 0.
@@ -75,7 +78,8 @@ def fisher_diagonal(
     gradients beyond a plain forward and backward; `plans`, a dict, is filled with what was found
     out about this model and saves a later pass over it from finding it out again. Weights in half
     precision are measured through float32 copies. The model is left as it was, after an exception
-    too.
+    too. Of a model under FSDP2 (`fully_shard`) the sums are sharded as its parameters are; all
+    ranks call this together.
 
     Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a
     NaN loss or gradient, a model that mixes samples or has nothing to train.
@@ -83,7 +87,7 @@ def fisher_diagonal(
     inner = unwrap(model)
     loss = loss_fn or losses.cross_entropy
     with ranks.fail_together():
-        shards.refuse_sharded(inner)
+        shards.require_measurable(inner, ranks.world()[1])
         source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         changing = warn_if_changing(source, name)
         wanted = _wanted(inner, parameters)
@@ -141,16 +145,17 @@ class _Pass:
 
         Fails on all ranks together.
         """
-        engine: SquaredGradients = self._engine()
         ids: list[int] = []
         at = 0
-        with ranks.fail_together():
+        # The ranks of a sharded model fail together inside, where their collectives are.
+        with contextlib.nullcontext() if self.sharded else ranks.fail_together():
+            engine: SquaredGradients = self._engine()
             try:
-                for index, batch in self._walk(label):
+                for index, (batch, counted) in self._walk(label):
                     at = index
-                    ids.extend(batches.sample_ids(batch))
-                    engine.add(batch)
-                engine.totals()
+                    ids.extend(batches.sample_ids(batch)[:counted])
+                    engine.add(batch, counted)
+                engine.require_finite()
             except NonFiniteGradient as reason:
                 raise self._locate(reason, at) from None
             except (ValueError, TypeError) as reason:
@@ -158,7 +163,8 @@ class _Pass:
         return engine, ids
 
     def _engine(self) -> SquaredGradients:
-        return SquaredGradients(
+        engine = ShardedSquaredGradients if self.sharded else SquaredGradients
+        return engine(
             self.model,
             self.parameters,
             loss_fn=self.loss_fn,
@@ -167,17 +173,30 @@ class _Pass:
             plans=self.plans,
         )
 
-    def _walk(self, label: str | None) -> Iterator[tuple[int, Batch]]:
-        device = measure.device_of(self.model)
-        return enumerate(measure.walk(self.source, device=device, dtype=self.dtype, progress=label))
+    def _walk(self, label: str | None) -> Iterator[tuple[int, tuple[Batch, int]]]:
+        """(Number, (batch, how many of its first samples count))."""
+        how: dict[str, Any] = {
+            "device": measure.device_of(self.model),
+            "dtype": self.dtype,
+            "progress": label,
+        }
+        if self.sharded:
+            return enumerate(measure.walk_together(self.source, **how))
+        walked = measure.walk(self.source, **how)
+        return enumerate((batch, batches.size(batch)) for batch in walked)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over the ranks."""
+        return any(map(shards.is_shard, self.parameters.values()))
 
     def _locate(self, reason: NonFiniteGradient, last: int) -> ValueError:
         """Sums are checked every few batches; walks again to name the batch."""
-        for index, batch in self._walk(None):
+        for index, (batch, counted) in self._walk(None):
             engine = self._engine()
-            engine.add(batch)
+            engine.add(batch, counted)
             try:
-                engine.totals()
+                engine.require_finite()
             except NonFiniteGradient as found:
                 return ValueError(
                     f"{self.name}, batch {index}: {found}; check that batch's inputs and the "
@@ -192,7 +211,7 @@ def _over_ranks(
     engine: SquaredGradients, ids: list[int], name: str
 ) -> tuple[dict[str, Tensor], int, Tensor]:
     sums = engine.totals()
-    ranks.sum_over_ranks(sums)
+    ranks.sum_over_ranks({n: total for n, total in sums.items() if not shards.is_shard(total)})
     everyone = [i for part in ranks.gather(ids) for i in part]
     if not everyone:
         raise ValueError(f"{name} is empty: its loader yielded no batch; check how it was made")

@@ -3,27 +3,23 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import losses, measure, overlap
+from deepclean_hooks import losses, overlap, shards, trial
 from deepclean_hooks.evaluate import evaluate
 from deepclean_hooks.fisher import fisher_diagonal
-from deepclean_hooks.guard import Guard, NormStatistics
+from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.samples import Data, Samples, samples_of
+from deepclean_hooks.trial import FineTune
 from deepclean_hooks.wrappers import require_trainable, unwrap
-
-FineTune = Callable[[nn.Module], object]
-"""Trains the model it is given on the retain set; its optimizers are held to W_f."""
 
 GAMMAS = (1.0, 1.1, 1.5, 2.0, 3.0, 5.0, 10.0)
 
@@ -127,9 +123,10 @@ def gamma_sweep(
     """
     base = method or DeepClean()
     # Building them all first: a bad gamma is refused before anything is measured.
-    methods = [dataclasses.replace(base, gamma=gamma) for gamma in sorted(set(gammas))]
+    methods = [dataclasses.replace(base, gamma=g, held_out=None) for g in sorted(set(gammas))]
     if not methods:
         raise ValueError("gammas is empty; give at least one")
+    shards.refuse_sharded(unwrap(model), "gamma_sweep")
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     sets = {
         name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
@@ -148,17 +145,17 @@ def gamma_sweep(
         )
         for name in ("forget", "retain")
     ]
-    trial = _Trial(unwrap(model), sets, scores, fine_tune, norm_statistics, progress)
+    tried = _Trial(unwrap(model), sets, scores, fine_tune, norm_statistics, progress)
     points = []
     for one in methods:
         masks = one.select(measured[0], measured[1]).masks
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
-        points.append(GammaPoint(one.gamma, counts, *trial.of(masks)))
+        points.append(GammaPoint(one.number, counts, *tried.of(masks)))
     return GammaSweep(
         tuple(points),
         {name: total.numel() for name, total in measured[0].sums.items()},
         sum(p.numel() for p in require_trainable(unwrap(model)).values()),
-        trial.figures(unwrap(model)),
+        tried.figures(unwrap(model)),
     )
 
 
@@ -177,28 +174,12 @@ class _Trial:
         """The figures after the zeroing and after the fine-tune."""
         if not self.scores and self.fine_tune is None:
             return {}, {}
-        trial = copy.deepcopy(self.model)
-        weights = dict(trial.named_parameters())
-        with torch.no_grad():
-            for name, mask in masks.items():
-                weights[name].masked_fill_(mask, 0)
-        measure.drop_caches(trial)
-        zeroed = self.figures(trial)
+        copied = trial.zeroed(self.model, masks)
+        zeroed = self.figures(copied)
         if self.fine_tune is None:
             return zeroed, {}
-        guard = Guard(
-            trial,
-            dict(masks),
-            norm_statistics=self.norm_statistics,
-            clear_optimizer_state=True,
-            optimizers=(),
-        )
-        try:
-            self.fine_tune(trial)
-            guard.check()
-        finally:
-            guard.release()
-        return zeroed, self.figures(trial)
+        trial.tune(copied, masks, self.fine_tune, self.norm_statistics)
+        return zeroed, self.figures(copied)
 
     def figures(self, model: nn.Module) -> dict[str, float]:
         if not self.scores:

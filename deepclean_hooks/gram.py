@@ -91,7 +91,13 @@ class LayerInputs(Estimator):
         name: str,
         progress: bool,
     ) -> InputGrams:
-        """One forward pass of the set."""
+        """One forward pass of the set; raises ValueError for sampled patches on several ranks."""
+        if self.patches is not None and ranks.world()[1] > 1:
+            raise ValueError(
+                f"{self.patches!r} draws patches batch by batch, so {ranks.world()[1]} ranks would "
+                "give another result than one; launch one process, or take LayerInputs() without "
+                "patches="
+            )
         weights = {n: p for n, p in require_trainable(unwrap(model)).items() if parameters(n, p)}
         shapes = {n: list(p.shape) for n, p in weights.items()}
         settings = self.described(model, loss_fn, shapes=shapes)

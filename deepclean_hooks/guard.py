@@ -23,8 +23,10 @@ from torch.optim.optimizer import (
 
 from deepclean_hooks import norm_statistics as statistics
 from deepclean_hooks import optimizers as known
+from deepclean_hooks import ranks
+from deepclean_hooks.compact import Compact
 from deepclean_hooks.follow import follow, weakly
-from deepclean_hooks.held import GuardError, Held
+from deepclean_hooks.held import GuardError, Held, restore
 from deepclean_hooks.norm_statistics import NormStatistics
 from deepclean_hooks.shards import reshard
 from deepclean_hooks.wrappers import unwrap
@@ -75,10 +77,14 @@ class Guard:
         # keeps its id() to itself (a stale id once overwrote 15 of 30 unrelated new parameters).
         self._ours = {id(parameter): parameter for parameter in parameters.values()}
         self._held = _held(parameters, free)
+        self._compact: Compact | None = None
         norms = statistics.norms(self._model) if norm_statistics == "freeze" else {}
         self._statistics = statistics.StatisticsSnapshot(norms)
         self._met: weakref.WeakSet[Any] = weakref.WeakSet()
         self._begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._hidden: weakref.WeakKeyDictionary[Any, list[tuple[Tensor, Tensor]]]
+        self._hidden = weakref.WeakKeyDictionary()
         self._judged: set[type] = set()
         self._saw_gradient = False
         self._undo = contextlib.ExitStack()
@@ -105,6 +111,46 @@ class Guard:
         self._release()
         self._ours.clear()
         self._held.clear()
+        self._compact = None
+
+    def compact(self) -> dict[str, nn.Parameter]:
+        """The free entries as 1-D leaves by parameter name, to build an optimizer of your own on.
+
+        What it remembers then has the size of the free entries. During the backward pass their
+        gradients go to the leaves, and those of the model become None: clip the leaves. After each
+        step of an optimizer of the leaves the model has their values.
+
+        Raises ValueError in more than one process and for sharded parameters, and at the first step
+        of an optimizer that needs whole tensors (Muon, Adafactor, LAMB, ...); RuntimeError at the
+        step of an optimizer of the model's own parameters.
+        """
+        if not self._release.alive:
+            raise RuntimeError("this guard was released; call compact() before release()")
+        if self._compact is None:
+            if ranks.world()[1] > 1:
+                raise ValueError(
+                    "compact() takes gradients before they are averaged over the "
+                    f"{ranks.world()[1]} processes; build the optimizer on model.parameters(), "
+                    "which the guard holds too"
+                )
+            compact = Compact(dict(self._model.named_parameters()), self._masks())
+            gather = weakly(compact.gather)
+            for parameter in compact.parameters():
+                compact.gather(parameter)
+                register = parameter.register_post_accumulate_grad_hook
+                self._own(register(gather))  # type: ignore[no-untyped-call]  # untyped in torch
+            self._compact = compact
+        return dict(self._compact.leaves)
+
+    def _masks(self) -> dict[str, Tensor]:
+        masks = {}
+        for name, parameter in self._model.named_parameters():
+            held = self._held.get(id(parameter))
+            if held is None:
+                masks[name] = torch.ones_like(parameter, dtype=torch.bool)
+            elif held.free is not None:
+                masks[name] = held.free != 0
+        return masks
 
     def moved(self) -> dict[str, int]:
         """How many frozen entries of each parameter have moved, by name; only names with any.
@@ -190,19 +236,28 @@ class Guard:
 
     def _mask_gradient(self, parameter: Tensor) -> None:
         self._saw_gradient = True
-        self._held[id(parameter)].mask_gradient()
+        if self._compact is None:
+            self._held[id(parameter)].mask_gradient()
+        elif self._held[id(parameter)].free is None:
+            parameter.grad = None
 
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._touches(optimizer, self._ours):
+        if self._compact is not None:
+            self._require_compact(optimizer, self._compact)
+        if self._touches(optimizer):
             if optimizer not in self._met:
                 self._meet(known.stepping_around(optimizer), stepping=True)
             self._begun[optimizer] = self.steps
+            self._hide(optimizer)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        for tensor, grad in self._hidden.pop(optimizer, ()):
+            if tensor.grad is None:
+                tensor.grad = grad
         self._restore(optimizer)
         # Not where an optimizer that this one steps was counted in between: that was the same step.
         if self._begun.pop(optimizer, None) == self.steps:
-            self.steps += self._touches(optimizer, self._ours)
+            self.steps += self._touches(optimizer)
 
     @contextlib.contextmanager
     def _following(self, optimizer: Any, name: str) -> Iterator[None]:
@@ -212,16 +267,47 @@ class Guard:
         finally:
             self._restore(optimizer)
             if name == "step" and self.steps == seen:
-                self.steps += self._touches(optimizer, self._ours)
+                self.steps += self._touches(optimizer)
 
-    def _touches(self, optimizer: Any, parameters: Mapping[int, object]) -> bool:
-        return any(id(tensor) in parameters for tensor in known.tensors_of(optimizer))
+    def _touches(self, optimizer: Any) -> bool:
+        if self._compact is not None and self._compact.serves(optimizer):
+            return True
+        return any(id(tensor) in self._ours for tensor in known.tensors_of(optimizer))
+
+    def _require_compact(self, optimizer: Any, compact: Compact) -> None:
+        if any(id(tensor) in self._ours for tensor in known.tensors_of(optimizer)):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} steps parameters of the model, whose gradients go to "
+                "the tensors of compact() since that was called; build it on compact().values()"
+            )
+        if compact.serves(optimizer):
+            compact.require_elementwise(optimizer)
+
+    def _hide(self, optimizer: Any) -> None:
+        """Takes the gradients of wholly frozen parameters away for the length of a step.
+
+        An optimizer skips what has no gradient (4 % of a step of a ViT-tiny, AdamW in a loop). Not
+        in its first step, which makes its state: strict loading of distributed checkpoints asks for
+        that of every trainable parameter.
+        """
+        if optimizer in self._stepped:
+            self._hidden[optimizer] = [
+                (held.parameter, held.parameter.grad)
+                for held in self._held_of(optimizer)
+                if held.free is None and held.parameter.grad is not None
+            ]
+            for tensor, _ in self._hidden[optimizer]:
+                tensor.grad = None
+        self._stepped.add(optimizer)
+
+    def _held_of(self, optimizer: Any) -> list[Held]:
+        found = (self._held.get(id(tensor)) for tensor in known.tensors_of(optimizer))
+        return [held for held in found if held is not None]
 
     def _restore(self, optimizer: Any) -> None:
-        for tensor in known.tensors_of(optimizer):
-            held = self._held.get(id(tensor))
-            if held is not None:
-                held.restore()
+        restore(self._held_of(optimizer))
+        if self._compact is not None and self._compact.serves(optimizer):
+            self._compact.scatter()
 
     def _meet(self, outer: Any, stepping: bool = False) -> None:
         """Clears, follows and judges an optimizer and those inside it, each when first seen."""
@@ -246,11 +332,13 @@ class Guard:
 
 
 def _held(parameters: Mapping[str, nn.Parameter], free: Mapping[str, Tensor]) -> dict[int, Held]:
-    return {
-        id(parameter): Held(name, parameter, free.get(name))
-        for name, parameter in parameters.items()
-        if name not in free or not bool(free[name].all())
-    }
+    found = {}
+    for name, parameter in parameters.items():
+        mask = free.get(name)
+        if mask is None or not bool(mask.all()):
+            partly = mask is not None and bool(mask.any())
+            found[id(parameter)] = Held(name, parameter, mask if partly else None)
+    return found
 
 
 def _require_masks_fit(parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> None:

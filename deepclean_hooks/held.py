@@ -1,6 +1,9 @@
-"""One parameter some of whose entries keep their bits: what is stored, how it is put back."""
+"""Parameters some of whose entries keep their bits: what is stored, how it is put back."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +11,15 @@ from torch import Tensor, nn
 from deepclean_hooks.bits import bits
 from deepclean_hooks.shards import local, local_part
 
-# Entries for which a mask is widened at a time on the CPU: 512 KiB of float32 stays in the cache.
-# Gradient / restore, 11.0M float32 entries, 1 thread (channels_last: the same within 5 %):
-#   1-byte mask in chunks of 2**17           5.8 /  9.9 ms   (of 2**13: 12 / 19 ms)
+# Entries worked on at a time on the CPU: 1 MiB of float32 stays in the cache. Gradient /
+# restore, 11.0M float32 entries, 1 thread (channels_last: the same within 5 %):
+#   1-byte mask in chunks of 2**17 (2**18)   5.8 /  9.9 ms   (of 2**13: 12 / 19 ms)
 #   mask stored as int32, 4 bytes an entry   5.9 / 11.7 ms
 #   1-byte mask promoted in one go            23 /   29 ms
 #   boolean masked_fill_ / where(out=)        26 /   28 ms
-CHUNK = 1 << 17
+CHUNK = 1 << 18
+# Entries whose masks are widened at a time elsewhere: 64 MiB beside float32 parameters.
+GROUP = 1 << 24
 
 
 class GuardError(RuntimeError):
@@ -41,7 +46,8 @@ class Held:
         if free is not None:
             self.free = torch.empty_like(here, dtype=torch.int8)
             self.free.copy_(local_part(free, parameter)).neg_()
-            _fill_frozen(self.frozen, self.free.bitwise_not(), None)
+            self.frozen.bitwise_and_(self.free.bitwise_not())
+        self._take(here)
 
     def mask_gradient(self) -> None:
         """Sets the gradient of the frozen entries, if there is one, to +0.0 in place."""
@@ -55,7 +61,12 @@ class Held:
         else:
             here = bits(local(grad))
             self._move_to(here.device)
-            _fill_frozen(here, self.free, None)
+            lines = _lines(here) if _in_line(here, self.free) else ()
+            if lines and len(lines) == len(self._free_lines):
+                for part, mask in zip(lines, self._free_lines, strict=True):
+                    part.bitwise_and_(_widened(mask, part.dtype))
+            else:
+                here.bitwise_and_(self.free)  # widened inside the kernel on a GPU
 
     def _masked_sparse(self, grad: Tensor) -> Tensor:
         grad = grad.coalesce()
@@ -66,19 +77,48 @@ class Held:
             values.masked_fill_(self.free[tuple(at)] == 0, 0)
         return grad
 
+    def here(self) -> Tensor:
+        """The parameter's memory as integers, the frozen bits beside it on the same device.
+
+        Raises GuardError if shape or dtype changed.
+        """
+        here = local(self.parameter)
+        # The view that is kept keeps its memory too: the same address is the same tensor.
+        if _place(here) != self._place:
+            if here.dtype != self.dtype or here.shape != self.frozen.shape:
+                raise GuardError(
+                    f"{self.name} was {self.dtype} {tuple(self.frozen.shape)} when the guard was "
+                    f"set and is {here.dtype} {tuple(here.shape)} now; convert or shard the model "
+                    "before"
+                )
+            self._take(here)
+        self._move_to(here.device)
+        return self._here
+
     def restore(self) -> None:
         """Puts the frozen entries back to their bits; GuardError if shape or dtype changed."""
-        here = local(self.parameter)
-        if here.dtype != self.dtype or here.shape != self.frozen.shape:
-            raise GuardError(
-                f"{self.name} was {self.dtype} {tuple(self.frozen.shape)} when the guard was set "
-                f"and is {here.dtype} {tuple(here.shape)} now; convert or shard the model before"
-            )
-        self._move_to(here.device)
+        here = self.here()
         if self.free is None:
-            bits(here).copy_(self.frozen)
+            here.copy_(self.frozen)
+        elif self._lines:
+            in_step = zip(self._lines, self._free_lines, self._frozen_lines, strict=True)
+            for part, free, frozen in in_step:
+                part.bitwise_and_(_widened(free, part.dtype)).bitwise_or_(frozen)
         else:
-            _fill_frozen(bits(here), self.free, self.frozen)
+            here.bitwise_and_(self.free).bitwise_or_(self.frozen)
+
+    def _take(self, here: Tensor) -> None:
+        self._place, self._here = _place(here), bits(here)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Cuts parameter, mask and frozen bits into lines, if they can be walked in step."""
+        self._lines: tuple[Tensor, ...] = ()
+        self._free_lines: tuple[Tensor, ...] = ()
+        self._frozen_lines: tuple[Tensor, ...] = ()
+        if self.free is not None and _in_line(self._here, self.free):
+            self._lines, self._free_lines = _lines(self._here), _lines(self.free)
+            self._frozen_lines = _lines(self.frozen)
 
     def moved(self, now: Tensor) -> int:
         """How many frozen entries have other bits in `now`; all if its shape or dtype differs."""
@@ -99,26 +139,94 @@ class Held:
         if self.frozen.device != device:
             self.frozen = self.frozen.to(device)
             self.free = None if self.free is None else self.free.to(device)
+            self._lay_out()
 
 
-def _fill_frozen(target: Tensor, free: Tensor, frozen: Tensor | None) -> None:
-    """Writes `frozen` (None: 0) into the integers `target` wherever `free` is 0, in place."""
-    in_line = free.stride() == target.stride()
-    if target.device.type != "cpu" or not in_line or target.element_size() == 1:
-        target.bitwise_and_(free)  # widened inside the kernel on a GPU
-        if frozen is not None:
-            target.bitwise_or_(frozen)
-        return
-    # A buffer of its own for each call: backward passes of two models may run in two threads.
-    buffer = torch.empty(min(CHUNK, target.numel()), dtype=target.dtype)
-    lines = _lines(target), _lines(free), _lines(target if frozen is None else frozen)
-    for part, free_part, frozen_part in zip(*lines, strict=True):
-        wide = buffer[: part.numel()].copy_(free_part)
-        part.bitwise_and_(wide)
-        if frozen is not None:
-            part.bitwise_or_(frozen_part)
+def restore(held: Iterable[Held]) -> None:
+    """Puts the frozen entries of all of these back to their bits.
+
+    Raises GuardError if the shape or dtype of one changed.
+    """
+    whole: dict[torch.device, list[Held]] = {}
+    partly: dict[tuple[torch.device, torch.dtype], list[Held]] = {}
+    for one in held:
+        here = one.here()
+        if one.free is None:
+            whole.setdefault(here.device, []).append(one)
+        elif here.device.type == "cpu":
+            one.restore()
+        else:
+            partly.setdefault((here.device, here.dtype), []).append(one)
+    for several in whole.values():
+        torch._foreach_copy_([one.here() for one in several], [one.frozen for one in several])
+    for several in partly.values():
+        for group in groups(several):
+            restore_together(group)
+
+
+def groups(held: Iterable[Held]) -> list[list[Held]]:
+    """The same in the same order, cut so that a group has `GROUP` entries or one parameter."""
+    cut: list[list[Held]] = []
+    size = GROUP
+    for one in held:
+        if size + one.frozen.numel() > GROUP:
+            cut.append([])
+            size = 0
+        cut[-1].append(one)
+        size += one.frozen.numel()
+    return cut
+
+
+def restore_together(held: Sequence[Held]) -> None:
+    """Puts the frozen entries of partly free parameters back: three kernels on a GPU.
+
+    All of one dtype on one device. Takes memory of the size of the parameters while it runs.
+    """
+    here = [one.here() for one in held]
+    wide = [torch.empty_like(tensor) for tensor in here]
+    torch._foreach_copy_(wide, [one.free for one in held if one.free is not None])
+    # There is no foreach kernel for `and`. A product of integers with 1 or 0 and a sum with 0 are
+    # exact.
+    torch._foreach_neg_(wide)
+    torch._foreach_mul_(here, wide)
+    torch._foreach_add_(here, [one.frozen for one in held])
+
+
+def _in_line(target: Tensor, free: Tensor) -> bool:
+    """Whether to walk them in chunks: on the CPU, laid out alike, wider than the mask."""
+    return (
+        target.device.type == "cpu"
+        and target.stride() == free.stride()
+        and target.element_size() > 1
+    )
+
+
+class _Buffers(threading.local):
+    """Room for one widened chunk, for each thread: two models may be in backward passes at once.
+
+    Kept: fresh memory is handed out page by page, which took as long as the work itself.
+    """
+
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def _widened(free: Tensor, dtype: torch.dtype) -> Tensor:
+    """A chunk of a mask in a wider integer type, until the next call in this thread."""
+    found = _buffers.by_dtype.get(dtype)
+    if found is None or found.numel() < free.numel():
+        found = _buffers.by_dtype[dtype] = torch.empty(CHUNK, dtype=dtype)
+    return found.narrow(0, 0, free.numel()).copy_(free)
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _lines(tensor: Tensor) -> tuple[Tensor, ...]:
     """A tensor without gaps as one line in the order of its memory, cut into chunks."""
-    return torch.split(tensor.as_strided((tensor.numel(),), (1,)), CHUNK)
+    line = tensor.as_strided((tensor.numel(),), (1,))
+    return (line,) if line.numel() <= CHUNK else torch.split(line, CHUNK)

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepclean_hooks.bits import bits, digest
-from deepclean_hooks.shards import whole
+from deepclean_hooks.shards import cut, whole
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One bit an entry: name -> uint8 (ceil(entries / 8),) on the CPU; 1.3 MiB for an 11M-entry
-    ResNet-18."""
+    ResNet-18. Of sharded masks the same, gathered one after the other; all ranks call this."""
     return {
-        name: torch.from_numpy(np.packbits(mask.detach().cpu().reshape(-1).numpy()))
+        name: torch.from_numpy(np.packbits(whole(mask.detach()).cpu().reshape(-1).numpy()))
         for name, mask in masks.items()
     }
 
 
 def unpack(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The bool masks again, in the shapes and on the devices of `like`; raises ValueError where
-    they do not fit."""
+    """The bool masks again, in the shapes and on the devices of `like`, and sharded as it is.
+
+    Raises ValueError where they do not fit.
+    """
     masks: dict[str, Tensor] = {}
     for name, stored in packed.items():
         if name not in like:
@@ -35,15 +37,31 @@ def unpack(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str
                 f"shape {tuple(tensor.shape)}; load it into the model it was made for"
             )
         flat = np.unpackbits(stored.cpu().numpy(), count=tensor.numel()).astype(bool)
-        masks[name] = torch.from_numpy(flat).view(tensor.shape).to(tensor.device)
+        full = torch.from_numpy(flat).view(tensor.shape).to(tensor.device)
+        masks[name] = cut(full, tensor)
     return masks
 
 
 def frozen_digest(parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> str:
     """SHA-256 of all entries that may not move; the free ones are read as 0, whatever they hold."""
 
-    def frozen(name: str, parameter: Tensor) -> Tensor:
-        integers = bits(whole(parameter.detach()))
-        return integers.masked_fill(free[name], 0) if name in free else integers
+    return digest(_Frozen(parameters, free))
 
-    return digest({name: frozen(name, p) for name, p in parameters.items()})
+
+class _Frozen(Mapping[str, Tensor]):
+    """Makes each tensor when it is asked for: of a sharded model only one is whole at a time."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> None:
+        self._parameters, self._free = parameters, free
+
+    def __getitem__(self, name: str) -> Tensor:
+        integers = bits(whole(self._parameters[name].detach()))
+        if name not in self._free:
+            return integers
+        return integers.masked_fill(whole(self._free[name]), 0)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)

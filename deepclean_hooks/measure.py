@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from deepclean_hooks import batches, ranks
+from deepclean_hooks import batches, ranks, shards
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.samples import Data, Samples, samples_of
 from deepclean_hooks.wrappers import unwrap
@@ -39,6 +39,41 @@ def walk(
         source.batches(), desc=progress, total=len(source) or None, disable=hidden, leave=False
     ):
         yield batches.to(batch, torch.device(device), dtype)
+
+
+def walk_together(
+    source: Samples,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: str | None = None,
+) -> Iterator[tuple[Batch, int]]:
+    """As many batches on every rank, of the same size: (batch, how many of its first samples
+    count), for a model whose forward pass is a collective.
+
+    A rank with fewer samples than the others repeats some, one with none left its last batch, and
+    these do not count. An error in reading is raised on all ranks.
+    """
+    own = walk(source, device=device, dtype=dtype, progress=progress)
+    kept: Batch | None = None
+    while True:
+        counted = 0
+        with ranks.fail_together():
+            batch = next(own, None)
+            if batch is not None:
+                kept, counted = batch, batches.size(batch)
+        most = max(ranks.gather(counted))
+        if not most:
+            return
+        if kept is None:
+            assert source.indices is not None  # samples_of refuses the others on several ranks
+            collate = source.collate_fn or torch.utils.data.default_collate
+            first = collate([source.dataset[source.indices[0]]])
+            kept = batches.to(first, torch.device(device), dtype)
+        if batches.size(kept) == most:
+            yield kept, counted
+        else:
+            yield batches.rows(kept, torch.arange(most) % batches.size(kept)), counted
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -74,10 +109,11 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
 
     Put back, after an exception too: the train/eval mode of every module, requires_grad, buffers
     bit for bit, caches that a module drops in `train()` (LeViT keeps its attention biases), the
-    random state of the CPU and of the model's GPU. `.grad` is never written in between because
+    random state of the CPU and of the model's GPU, TF32. `.grad` is never written in between:
     measuring uses `torch.autograd.grad`.
     """
     inner = unwrap(model)
+    shards.settle(inner)
     modes = [(module, module.training) for module in inner.modules()]
     wants = [(p, p.requires_grad) for p in inner.parameters()]
     held = {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
@@ -88,6 +124,7 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device_of(inner).type, enabled=False))
+        stack.enter_context(whole_float32())
         # A compiled region is opaque to the interception of torch functions: 2 or more graphs, no
         # parameters.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -96,18 +133,44 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
             inner.train()  # drops caches of derived weights that an earlier eval pass left behind
             inner.eval()
             ranks.share_buffers(inner)
-            for module, flag in checkpointing:
-                setattr(module, flag, False)
+            for module, name, _, off in checkpointing:
+                setattr(module, name, off)
             yield inner
         finally:
-            for module, flag in checkpointing:
-                setattr(module, flag, True)
+            for module, name, on, _ in checkpointing:
+                setattr(module, name, on)
+            shards.settle(inner)
             inner.train()
             for module, training in modes:
                 module.training = training
             for p, wanted in wants:
                 p.requires_grad_(wanted)
             _put_back(inner, held)
+
+
+@contextlib.contextmanager
+def whole_float32() -> Iterator[None]:
+    """Switches TF32 off for a while: it keeps 10 of float32's 23 fraction bits in products."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    try:
+        flags = matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:  # set by way of fp32_precision (torch 2.9), which bars reading these
+        # Any: the oldest supported torch has none of them.
+        precise: tuple[Any, ...] = (matmul, *(getattr(cudnn, part) for part in ("conv", "rnn")))
+        were = [part.fp32_precision for part in precise]
+        try:
+            for part in precise:
+                part.fp32_precision = "ieee"
+            yield
+        finally:
+            for part, was in zip(precise, were, strict=True):
+                part.fp32_precision = was
+        return
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = flags
 
 
 @contextlib.contextmanager
@@ -151,15 +214,28 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 
-def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where activation checkpointing is on (timm, transformers): it would run the forward again,
-    unseen."""
-    return [
-        (module, flag)
+def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
+    """Where activation checkpointing is on: (module, attribute, its value, its value for off).
+
+    It would run the forward again, unseen. timm and transformers have a flag; torch's
+    `checkpoint_wrapper`, which Accelerate applies under FSDP2, a function that calls the module.
+    """
+    flags: list[tuple[nn.Module, str, Any, Any]] = [
+        (module, flag, True, False)
         for module in model.modules()
         for flag in _CHECKPOINTING
         if getattr(module, flag, None) is True
     ]
+    wrappers = [
+        (module, "checkpoint_fn", module.checkpoint_fn, _called)
+        for module in model.modules()
+        if type(module).__name__ == "CheckpointWrapper" and hasattr(module, "checkpoint_fn")
+    ]
+    return flags + wrappers
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _put_back(model: nn.Module, held: dict[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepclean_hooks import bits
+from deepclean_hooks import bits, shards, tensor_file
 from deepclean_hooks.whole import written_whole
 from deepclean_hooks.wrappers import state_tensors, unwrap
 
@@ -31,7 +31,8 @@ class Measurement:
     estimator says otherwise. `count`: what `mean` divides by, the number of samples (of batches for
     an estimator of batch means). `samples`: int64 on the CPU, sorted: one 64-bit fingerprint of
     each sample's content. `settings`: how it was obtained (digest of the model, loss, estimator,
-    dtypes, versions), compared by `+` and `-`.
+    dtypes, versions), compared by `+` and `-`. `taken_out`: int64, sorted: the fingerprints that
+    `-` took out.
     """
 
     noun: ClassVar[str] = "measurement"
@@ -41,6 +42,7 @@ class Measurement:
     count: int
     samples: Tensor
     settings: dict[str, Any] = field(default_factory=dict)
+    taken_out: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def mean(self) -> dict[str, Tensor]:
         """The sums divided by the number of their terms, by name."""
@@ -56,6 +58,9 @@ class Measurement:
             count=self.count + other.count,
             samples=torch.cat([self.samples, other.samples]).sort().values,
             settings=self._settings_with(other, 1),
+            taken_out=_without(
+                torch.cat([self.taken_out, other.taken_out]), self.samples, other.samples
+            ),
         )
 
     def __sub__(self: M, other: M) -> M:
@@ -66,10 +71,12 @@ class Measurement:
         left.subtract(other.samples.tolist())
         foreign = sum(-n for n in left.values() if n < 0)
         if foreign:
+            already = self.already_out(other)
+            known = f" ({already} were taken out of it before)" if already else ""
             raise ValueError(
                 f"{foreign} of the {other.count} samples to take out are not among the "
-                f"{self.count} of this {self.noun}; measure them from the same data set with the "
-                "same preprocessing"
+                f"{self.count} of this {self.noun}{known}; measure them from the same data set "
+                "with the same preprocessing, and take each out once"
             )
         return dataclasses.replace(
             self,
@@ -77,6 +84,7 @@ class Measurement:
             count=self.count - other.count,
             samples=torch.tensor(sorted(left.elements()), dtype=torch.int64),
             settings=self._settings_with(other, -1),
+            taken_out=_distinct(torch.cat([self.taken_out, other.samples])),
         )
 
     def _difference(self, one: Tensor, other: Tensor) -> Tensor:
@@ -97,13 +105,49 @@ class Measurement:
             )
         return dataclasses.replace(self, sums={name: self.sums[name] for name in names})
 
+    def sharded_like(self: M, parameters: Mapping[str, Tensor]) -> M:
+        """The same measurement, of a sharded parameter only this rank's shard."""
+        return dataclasses.replace(
+            self, sums={n: shards.cut(total, parameters.get(n)) for n, total in self.sums.items()}
+        )
+
     def contains(self, other: Measurement) -> int:
         """How many of the other's samples are among this measurement's, by content."""
         return sum((Counter(self.samples.tolist()) & Counter(other.samples.tolist())).values())
 
-    def require_same_origin(self, other: Measurement) -> None:
-        """Raises ValueError if the other is of another model, loss or estimator."""
-        for key, what in (("model", "model weights"), ("loss", "loss"), ("estimator", "estimator")):
+    def already_out(self, other: Measurement) -> int:
+        """How many of the other's samples `-` took out of this measurement before, none of their
+        content being left."""
+        gone = set(self.taken_out.tolist()) - set(self.samples.tolist())
+        return sum(sample in gone for sample in other.samples.tolist())
+
+    @property
+    def earlier_weights(self) -> bool:
+        """Whether `of_earlier_weights` was called: another model than the measured one may use
+        it."""
+        return bool(self.settings.get("of_earlier_weights", False))
+
+    def of_earlier_weights(self: M, *, without: M | None = None) -> M:
+        """This measurement for a model that has changed since it was made: your choice, which the
+        report's `measurement` records.
+
+        `without`: the forget samples' measurement on those earlier weights, which is taken out; the
+        session's own is of the weights as they are now, and takes nothing out of this one.
+        """
+        rest = self if without is None else self - without
+        # What the session's forget samples are not in is here the retain set, whoever took them
+        # out.
+        return dataclasses.replace(
+            rest, settings={**rest.settings, "of_earlier_weights": True}, taken_out=self.taken_out
+        )
+
+    def require_same_origin(self, other: Measurement, *, of_model: bool = True) -> None:
+        """Raises ValueError if the other is of another model (unless `of_model` is False), loss or
+        estimator."""
+        origins = {"model": "model weights", "loss": "loss", "estimator": "estimator"}
+        for key, what in origins.items():
+            if key == "model" and not of_model:
+                continue
             if self.settings.get(key) != other.settings.get(key):
                 raise ValueError(
                     f"the two {self.noun}s are of different {what} "
@@ -122,30 +166,47 @@ class Measurement:
     def require_model(self, model: nn.Module) -> None:
         """Raises ValueError if this was measured on other weights than the model now has."""
         found = bits.digest(state_tensors(unwrap(model)))
-        if self.settings.get("model") != found:
+        if self.settings.get("model") != found and not self.earlier_weights:
             raise ValueError(
                 f"the stored {self.noun} belongs to the model "
                 f"{_short(self.settings.get('model'))}, this model is {_short(found)}: its weights "
-                "or buffers differ; measure again, or load the weights that "
-                f"the {self.noun} was measured on"
+                "or buffers differ; measure again, load the weights that the "
+                f"{self.noun} was measured on, or choose it as it is with of_earlier_weights()"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; the settings are its metadata."""
+        """Writes a safetensors file, whole or not at all; the settings are its metadata.
+
+        Sharded sums are gathered one after the other and written by rank 0, so all ranks call this.
+        """
         target = Path(path)
         tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
-        tensors["samples"] = self.samples
+        tensors["samples"], tensors["taken_out"] = self.samples, self.taken_out
         metadata = {
             "format": self.file_format,
             "count": str(self.count),
             "settings": json.dumps(self.settings),
         }
+        if any(map(shards.is_shard, self.sums.values())):
+            tensor_file.write(tensors, target, metadata)
+            return
         with written_whole(target) as temporary:
             save_file(tensors, temporary, metadata)
 
     @classmethod
-    def load(cls: type[M], path: str | os.PathLike[str], device: str = "cpu") -> M:
-        """Reads what `save` wrote; raises ValueError for another file."""
+    def load(
+        cls: type[M],
+        path: str | os.PathLike[str],
+        device: str = "cpu",
+        *,
+        like: nn.Module | None = None,
+    ) -> M:
+        """Reads what `save` wrote; raises ValueError for another file.
+
+        `like`, a model under FSDP2: every rank keeps its shard of each sum, where the model has
+        it, and reads the file one tensor after the other.
+        """
+        parameters = {} if like is None else shards.parameters_of(unwrap(like))
         with safe_open(os.fspath(path), framework="pt", device=device) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != cls.file_format:
@@ -154,10 +215,27 @@ class Measurement:
                     f"{metadata.get('format')!r}); write one with {cls.__name__}.save"
                 )
             keys = file.keys()  # safe_open is no mapping to iterate over
-            tensors = {key: file.get_tensor(key) for key in keys}
+            tensors = {
+                key: shards.cut(file.get_tensor(key), parameters.get(key.removeprefix("sums/")))
+                for key in keys
+            }
         samples = tensors.pop("samples").cpu()
+        # A file from before this was kept has none.
+        taken_out = tensors.pop("taken_out", samples[:0]).cpu()
         sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
-        return cls(sums, int(metadata["count"]), samples, json.loads(metadata["settings"]))
+        settings = json.loads(metadata["settings"])
+        return cls(sums, int(metadata["count"]), samples, settings, taken_out)
+
+
+def _without(fingerprints: Tensor, *present: Tensor) -> Tensor:
+    """The fingerprints that are in none of the others, each once, sorted."""
+    found = torch.cat(present)
+    return _distinct(fingerprints[~torch.isin(fingerprints, found)])
+
+
+def _distinct(fingerprints: Tensor) -> Tensor:
+    """Each fingerprint once, sorted."""
+    return torch.tensor(sorted(set(fingerprints.tolist())), dtype=torch.int64)
 
 
 def _short(value: object) -> str:

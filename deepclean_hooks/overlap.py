@@ -40,11 +40,28 @@ def without(stored: Measurement, forget: Measurement) -> Measurement:
     """The retain set's diagonal from a stored one: of the retain set as it is, or of the whole
     training set.
 
-    Raises ValueError if only some of the forget samples are in it, so that it is neither.
+    Raises ValueError if only some of the forget samples are in it, so that it is neither, if they
+    were taken out by an earlier request, or if they would have to be taken out of a diagonal of
+    earlier weights.
     """
-    stored.require_same_origin(forget)
+    stored.require_same_origin(forget, of_model=not stored.earlier_weights)
     stored = stored.restricted_to(forget.sums)
     present = stored.contains(forget)
+    already = stored.already_out(forget)
+    if already:
+        itself = "with of_earlier_weights(without=...)" if stored.earlier_weights else "as it is"
+        raise ValueError(
+            f"{already} of the {forget.count} forget samples were taken out of the stored "
+            f"{stored.noun} before: leave out of this request what is forgotten already; if they "
+            f"were only subtracted by hand, pass the {stored.noun} from before that {itself}"
+        )
+    if present and stored.earlier_weights:
+        raise ValueError(
+            f"{present} of the {forget.count} forget samples are in the stored {stored.noun} of "
+            "earlier weights, and their own is of the weights as they are now, so it cannot be "
+            "subtracted; measure them on the earlier weights too: "
+            "stored.of_earlier_weights(without=fisher_diagonal(earlier_model, forget))"
+        )
     if present == forget.count:
         return stored - forget
     if present:

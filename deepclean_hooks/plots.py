@@ -60,4 +60,9 @@ def _save(figure: Any, axes: Any, path: str | os.PathLike[str]) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
     axes.set_xticks([], minor=True)
     axes.legend(fontsize=7, handlelength=3.2, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.savefig(path, dpi=150)
+    import matplotlib
+
+    # The same numbers give the same file, with letters that can be searched.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "deepclean-hooks"}):
+        undated = {"Date": None} if str(path).endswith(".svg") else None
+        figure.savefig(path, dpi=150, metadata=undated)

@@ -37,7 +37,8 @@ class Report:
     selected ones. `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by
     phase. `scores`: `before` and `after`, each an evaluation, or the reason why there is none.
     `forgotten`: salted hashes of the forget samples, and the salt. `checkpoint_before` and
-    `checkpoint_after`: SHA-256 of each tensor of the model's state_dict.
+    `checkpoint_after`: SHA-256 of each tensor of the model's state_dict. `gamma_choice`: how
+    gamma="auto" was settled, the rule and the trials; empty where gamma was given.
     """
 
     method: str
@@ -67,6 +68,7 @@ class Report:
     forgotten: dict[str, Any] = field(default_factory=dict)
     checkpoint_before: dict[str, str] = field(default_factory=dict)
     checkpoint_after: dict[str, str] = field(default_factory=dict)
+    gamma_choice: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -76,10 +78,15 @@ class Report:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=indent, default=str)
 
-    def to_html(self, sweep: Mapping[str, Any] | None = None) -> str:
+    def to_html(
+        self,
+        sweep: Mapping[str, Any] | None = None,
+        compared: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> str:
         """The report as one self-contained page for a reader who is no engineer; `sweep`, the
-        `to_dict()` of a gamma sweep, adds its curves."""
-        return report_html.page(self.to_dict(), sweep)
+        `to_dict()` of a gamma sweep, adds its curves, and `compared`, the `to_dict()` of the
+        evaluation of each method by its name, a table of the methods side by side."""
+        return report_html.page(self.to_dict(), sweep, compared)
 
     def to_markdown(self) -> str:
         """The report as Markdown."""
@@ -102,6 +109,8 @@ class Report:
                 f"  samples      forget {self.forget_samples}, retain {self.retain_samples}"
                 + (f", in both {self.overlapping_samples}" if self.overlapping_samples else "")
             )
+        if self.gamma_choice:
+            lines.append(f"  gamma        chosen without test data: {self.gamma_choice['reason']}")
         for warning in self.warnings:
             lines.append(f"  WARNING      {warning}")
         return lines

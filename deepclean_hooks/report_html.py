@@ -39,6 +39,7 @@ th, td { text-align: left; padding: .45rem .6rem; border-bottom: 1px solid #e3e6
   vertical-align: top; }
 th { font-weight: 600; background: #f7f9fb; }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th.h { text-align: right; vertical-align: bottom; font-size: .82rem; }
 td small { display: block; color: #66717d; }
 .good { color: #1e6b30; } .bad { color: #a8321c; } .none { color: #66717d; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
@@ -62,8 +63,11 @@ details { margin: .4rem 0; } summary { cursor: pointer; font-weight: 600; }
 """
 
 
-def page(report: Told, sweep: Told | None = None) -> str:
-    """The page; `sweep` is `GammaSweep.to_dict()`, for the gamma curves."""
+def page(
+    report: Told, sweep: Told | None = None, compared: Mapping[str, Told] | None = None
+) -> str:
+    """The page; `sweep` is `GammaSweep.to_dict()`, for the gamma curves, `compared` the
+    `Evaluation.to_dict()` of several methods by name, for a table of them."""
     after = report["scores"].get("after")
     before = report["scores"].get("before")
     blocks = [
@@ -72,10 +76,11 @@ def page(report: Told, sweep: Told | None = None) -> str:
         _section("What was done", _items(report_rows.done(report))),
         _section("Did it work?", _table(report)),
         _section("The same in pictures", _plots(before, after)),
+        _section("The same request by other methods", _compared(compared or {})),
         _section("How the attackers worked", _attacks(report)),
         _section("What these figures do not show", _items(report_rows.caveats(report))),
         _section("Which weights were reset", _layers(report)),
-        _section("How strict to be: gamma", _gamma(sweep)),
+        _section("How strict to be: gamma", _choice(report.get("gamma_choice")) + _gamma(sweep)),
         _section("Where this comes from, and how to verify it", _origin(report)),
     ]
     return (
@@ -135,11 +140,9 @@ def _table(report: Told) -> str:
             f'<td class="n" data-label="{escape(name)}">{escape(text)}</td>'
             for name, text in zip(heads[1:5], figures, strict=True)
         )
-        tone = "good" if row.verdict.startswith("within") else "none"
-        tone = "bad" if row.verdict.startswith("beyond") else tone
         body.append(
             f"<tr><td><b>{escape(label)}</b><small>{escape(row.meaning)}</small></td>{cells}"
-            f'<td class="{tone}">{escape(row.verdict)}</td></tr>'
+            f'<td class="{_tone(row.verdict)}">{escape(row.verdict)}</td></tr>'
         )
     told = (
         '<p>"Retrained" is a model trained from scratch without the forgotten data: the aim of '
@@ -149,6 +152,88 @@ def _table(report: Told) -> str:
     return (
         f'{told}<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>{_average(report)}"
+    )
+
+
+def _compared(evaluations: Mapping[str, Told]) -> str:
+    tables = report_rows.compared(evaluations)
+    heads = [row.label for row in next(iter(tables.values()), [])]
+    if not heads:
+        return ""
+    gold = {
+        row.label: row.cells()[3] for own in tables.values() for row in own if row.gold is not None
+    }
+    first = "".join(
+        f'<td class="n" data-label="{escape(label)}">{escape(gold.get(label, "-"))}</td>'
+        for label in heads
+    )
+    body = [
+        f"<td><b>{escape(name)}</b></td>"
+        + "".join(
+            f'<td class="n {_tone(row.verdict)}" data-label="{escape(row.label)}">'
+            f"{escape(row.cells()[2])}<small>{escape(row.cells()[4])}</small></td>"
+            for row in own
+        )
+        for name, own in tables.items()
+    ]
+    head = "".join(f'<th class="h">{escape(text)}</th>' for text in ("", *heads))
+    lines = "".join(f"<tr>{one}</tr>" for one in [f"<td><b>retrained</b></td>{first}", *body])
+    return (
+        "<p>Below each figure is its gap to the retrained models, green where it is within what "
+        "these differ by, red where not.</p>"
+        f'<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
+    )
+
+
+def _tone(verdict: str) -> str:
+    """The colour of a verdict, a class of the style sheet."""
+    words = verdict.split(" ", 1)[0]
+    return {"within": "good", "beyond": "bad"}.get(words, "none")
+
+
+def _choice(choice: Told | None) -> str:
+    """The trials that gamma was chosen from."""
+    if not choice:
+        return ""
+    names = [
+        ("new_class_accuracy", "Right, classes not kept", "%"),
+        ("forget_accuracy", "Right, other forgotten data", "%"),
+        ("held_out_accuracy", "Right, held-out data", "%"),
+        ("forget_loss", "Loss, forgotten", ""),
+        ("held_out_loss", "Loss, held-out", ""),
+        ("retain_accuracy", "Right, data kept", "%"),
+    ]
+    shown = [one for one in names if choice["original"][one[0]] is not None]
+    labels = [
+        "gamma",
+        "Weights reset",
+        *(label for _, label, _ in shown),
+        "Distance",
+        "Met as unseen",
+    ]
+    body = []
+    for one in choice["trials"]:
+        mark = " (chosen)" if one["gamma"] == choice["gamma"] else ""
+        cells = [f"<b>{one['gamma']:g}</b>{mark}", f"{one['selected_entries']:,}"]
+        for name, _, unit in shown:
+            value = one["behaviour"][name]
+            cells.append("-" if value is None else f"{value:.1f} %" if unit else f"{value:.3f}")
+        cells.append(f"{one['distance']:.1f}")
+        cells.append("yes" if one["as_unseen"] else "no")
+        body.append(
+            "".join(
+                f'<td class="n" data-label="{escape(label)}">{cell}</td>'
+                for label, cell in zip(labels, cells, strict=True)
+            )
+        )
+    head = "".join(f'<th class="h">{escape(label)}</th>' for label in labels)
+    return (
+        "<p>gamma was chosen without test data, by short trials on copies of the model: "
+        f"{escape(choice['reason'])}.</p>"
+        f'<div class="wide"><table class="figures"><thead><tr>{head}</tr></thead><tbody>'
+        + "".join(f"<tr>{cells}</tr>" for cells in body)
+        + "</tbody></table></div>"
     )
 
 

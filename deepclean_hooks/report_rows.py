@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Told = Mapping[str, Any]
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def _digits(self) -> int:
-        return 1 if self.unit == "%" else 3
+        return 1 if self.unit in ("%", "steps") else 3
 
     def _text(self, value: float | None) -> str:
         if value is None:
@@ -45,6 +45,7 @@ class Row:
 PHASES = {
     "evaluate": "scoring",
     "fisher": "measuring",
+    "choose gamma": "choosing gamma",
     "select": "selecting",
     "reset": "resetting",
     "dead": "looking for weights that cannot be trained",
@@ -116,6 +117,35 @@ FIGURES = (
     ),
     ("probe", "Class still readable inside", "linear probe on the last features", "%"),
     ("zrf", "ZRF", "likeness of the outputs to an untrained model's", ""),
+    (
+        "attack.ulira.auc",
+        "Told from retrained models (U-LiRA, AUC)",
+        "by an attacker who has many models of either kind and looks at single samples; 0.5 is "
+        "best",
+        "",
+    ),
+    (
+        "relearn",
+        "Steps to learn them again",
+        "far fewer than a retrained model needs mean that they were hidden, not gone",
+        "steps",
+    ),
+    (
+        "klom",
+        "Distance of margins (KLoM)",
+        "of many unlearned models from retrained ones, sample by sample, in nats; 0 is the same",
+        "",
+    ),
+)
+# Of FIGURES, those by which methods are put side by side.
+COMPARED = (
+    "retain.accuracy",
+    "test.accuracy",
+    "forget.accuracy",
+    "membership.rate",
+    "attack.loss_regression.accuracy",
+    "attack.rmia.auc",
+    "relearn",
 )
 
 
@@ -135,10 +165,25 @@ def figures_of(score: Any) -> dict[str, float]:
         found["membership.rate"] = score["membership"]["rate"]
     for name, attack in score.get("attacks", {}).items():
         found |= {f"attack.{name}.{figure}": v for figure, v in attack["figures"].items()}
-    for name in ("probe", "zrf"):
+    for name in ("probe", "zrf", "relearn", "klom"):
         if score.get(name, {}).get("value") is not None:
             found[name] = score[name]["value"]
     return found
+
+
+def compared(evaluations: Mapping[str, Told]) -> dict[str, list[Row]]:
+    """The rows of COMPARED for each of several methods that any of them has a figure of."""
+    tables = {
+        name: {row.label: row for row in rows({"scores": {"after": one}})}
+        for name, one in evaluations.items()
+    }
+    labels = [label for name, label, _, _ in FIGURES if name in COMPARED]
+    shown = [label for label in labels if any(label in table for table in tables.values())]
+    nothing = Row("", "", None, None, None, None, "", "")
+    return {
+        name: [table.get(label, replace(nothing, label=label)) for label in shown]
+        for name, table in tables.items()
+    }
 
 
 def rows(report: Told) -> list[Row]:
@@ -197,6 +242,13 @@ def asked(report: Told) -> list[str]:
 def done(report: Told) -> list[str]:
     """What was done, in sentences; phases that have not happened are left out."""
     lines = []
+    choice = report.get("gamma_choice")
+    if choice:
+        tried = ", ".join(f"{one['gamma']:g}" for one in choice["trials"])
+        lines.append(
+            f"gamma = {choice['gamma']:g} was chosen out of {tried} without test data: "
+            f"{choice['reason']}. Rule: {choice['rule']}."
+        )
     if report["selected_entries"] is not None:
         lines.append(
             f"{report['selected_entries']:,} of {report['trainable_entries']:,} weights "

@@ -3,10 +3,11 @@ each once."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from deepclean_hooks import (
     bits,
     checkpoint,
     dead,
+    gamma_auto,
     identifiers,
     losses,
     masks,
@@ -25,11 +27,12 @@ from deepclean_hooks import (
     ranks,
     shards,
 )
-from deepclean_hooks.estimators import shared_samples, together
+from deepclean_hooks.estimators import PerSampleFisher, shared_samples, together
 from deepclean_hooks.evaluate import Gold, evaluate
 from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.norm_statistics import require_choice
 from deepclean_hooks.report import Layer, Report
@@ -77,6 +80,7 @@ class Session:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
         require_choice(norm_statistics)
+        shards.reshard(unwrap(model))
         require_trainable(unwrap(model))
         require_unguarded(dict(unwrap(model).named_parameters()))
         self.model, self.method = model, method
@@ -94,6 +98,7 @@ class Session:
         self._selection: Selection | None = None
         self._free: Mask = {}
         self._guard: Guard | None = None
+        self._trials: gamma_auto.Trials | None = None
         self._resumed = False
         self._facts: dict[str, Any] = {
             "trainable_entries": sum(p.numel() for p in self._trainable().values()),
@@ -111,20 +116,22 @@ class Session:
 
         `retain` may be a stored measurement of this very model, such as a FisherDiagonal: of D_r,
         or of the whole training set, from which the forget samples are then subtracted, so that
-        only D_f is walked.
+        only D_f is walked. One of other weights is taken only if `of_earlier_weights` says so.
         """
         self._expect("new", "measure")
-        shards.refuse_sharded(unwrap(self.model))
+        self._require_shardable()
         method = f"{self.method.name} {self.method.settings()}"
         ranks.require_agreement("the method", method)
         self._facts["model_before"] = bits.digest(state_tensors(unwrap(self.model)))
         self._facts["checkpoint_before"] = checkpoint.digests(unwrap(self.model).state_dict())
         if isinstance(retain, Measurement):
             self._require_of_use(retain)
+            retain = retain.sharded_like(self._parameters())
         else:
             self._name_sets(retain=retain)
         self._name_sets(forget=forget)
         self._require_same_sets()
+        self._prepare_trials()
         if self.scores:
             self._evaluate("before", gold=None)
         with self._timed("fisher"):
@@ -159,11 +166,12 @@ class Session:
         self._expect("measured", "select")
         assert self._forget is not None
         assert self._retain is not None
+        self._choose_gamma()
         with self._timed("select"):
             self._selection = self.method.select(self._forget, self._retain)
             self._free = self.method.free(self._selection)
         ranks.require_agreement("the selection", bits.digest(masks.pack(self._selection.masks)))
-        chosen = {name: int(mask.sum()) for name, mask in self._selection.masks.items()}
+        chosen = {name: shards.total(mask) for name, mask in self._selection.masks.items()}
         for name, p in self._trainable().items():
             self._layers[name] = {
                 "entries": p.numel(),
@@ -199,7 +207,8 @@ class Session:
             )
             for name, mask in self._selection.masks.items():
                 # where copies bits, so the entries that stay keep theirs, NaN and -0.0 too
-                weights[name].copy_(torch.where(mask, values[name], weights[name]))
+                here, new = shards.local(weights[name]), shards.local(values[name])
+                here.copy_(torch.where(shards.local(mask), new, here))
             if self.method.resets_buffers:
                 for name, buffer in unwrap(self.model).named_buffers():
                     buffer.copy_(values.get(name, buffer))
@@ -233,6 +242,16 @@ class Session:
         self._phase = "guarded"
         return self
 
+    def compact(self) -> dict[str, nn.Parameter]:
+        """The free entries as small tensors by parameter name, to build an optimizer of your own
+        on.
+
+        What it remembers then has the size of W_f. `Guard.compact` says what it serves.
+        """
+        self._expect("guarded", "compact")
+        assert self._guard is not None
+        return self._guard.compact()
+
     def finish(self) -> Report:
         """Counts what moved, lets go of the model and scores it; the report is complete.
 
@@ -244,10 +263,10 @@ class Session:
         self._seconds["fine-tune"] = time.perf_counter() - self._started
         guard = self._guard
         try:
-            self._facts.update(
-                frozen_entries_moved=sum(guard.moved().values()), optimizer_steps=guard.steps
-            )
-            guard.check()
+            self._facts.update(frozen_entries_moved=self._moved(guard), optimizer_steps=guard.steps)
+            # A rank whose shard moved would otherwise raise alone.
+            with ranks.fail_together() if self._sharded else nullcontext():
+                guard.check()
         finally:
             self.close()
         self._facts["model_after"] = bits.digest(state_tensors(unwrap(self.model)))
@@ -267,7 +286,7 @@ class Session:
     @property
     def trains(self) -> bool:
         """Whether any entry may train after the reset."""
-        return any(bool(mask.any()) for mask in self._free.values())
+        return any([shards.any_true(mask) for mask in self._free.values()])
 
     def close(self) -> None:
         """Takes every hook off the model and the optimizers; safe at any time, and twice."""
@@ -296,7 +315,8 @@ class Session:
         """What a run needs to go on after the reset, beside the model's and the optimizer's own
         state.
 
-        Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back.
+        Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back. The
+        masks are whole, at one bit an entry, also of a sharded model, where all ranks call this.
         """
         if self._phase not in ("reset", "guarded"):
             raise RuntimeError(
@@ -321,6 +341,9 @@ class Session:
         one.
         """
         self._expect("new", "load_state_dict")
+        chosen = state["facts"].get("gamma_choice")
+        if chosen and isinstance(self.method, DeepClean) and self.method.gamma == "auto":
+            self.method = dataclasses.replace(self.method, gamma=chosen["gamma"], held_out=None)
         own = {"name": self.method.name, "settings": repr(self.method.settings())}
         if state["method"] != own:
             raise ValueError(f"the stored run used {state['method']}, this session has {own}")
@@ -347,6 +370,75 @@ class Session:
 
     # ------------------------------------------------------------------ inside
 
+    def _prepare_trials(self) -> None:
+        method = self.method
+        if not isinstance(method, DeepClean) or method.gamma != "auto":
+            return
+        if "retain" not in self._sets:
+            raise ValueError(
+                'gamma="auto" trains copies of the model on retain samples, and a stored '
+                "measurement has none; pass the retain set, or give gamma a number"
+            )
+        gamma_auto.require_whole(self.model)
+        held_out = method.held_out
+        with self._timed("choose gamma"):
+            self._trials = gamma_auto.Trials(
+                self._sets["forget"],
+                self._sets["retain"],
+                None
+                if held_out is None
+                else samples_of(held_out, name="held_out", **self._reading),
+            )
+
+    def _choose_gamma(self) -> None:
+        if self._trials is None:
+            return
+        assert isinstance(self.method, DeepClean)
+        assert self._forget is not None
+        assert self._retain is not None
+        with self._timed("choose gamma"):
+            choice = self._trials.choose(
+                self.model,
+                gamma_auto.grid(self.method),
+                self._forget,
+                self._retain,
+                loss_fn=self.loss_fn,
+                norm_statistics=self.norm_statistics,
+            )
+        self._trials, self.method = None, choice.method
+        self._facts["gamma_choice"] = choice.to_dict()
+        if not choice.met:
+            self._warn(choice.reason)
+
+    @property
+    def _sharded(self) -> bool:
+        return shards.is_sharded(unwrap(self.model))
+
+    def _require_shardable(self) -> None:
+        if not self._sharded:
+            return
+        estimators = (self.method.measured_by, self.method.retain_measured_by)
+        if not self.method.sharded or not all(isinstance(e, PerSampleFisher) for e in estimators):
+            shards.refuse_sharded(unwrap(self.model), f"the method {self.method.name}")
+        if isinstance(self.method, DeepClean) and self.method.gamma == "auto":
+            shards.refuse_sharded(unwrap(self.model), 'gamma="auto"')
+        shards.require_measurable(unwrap(self.model), ranks.world()[1])
+
+    def _moved(self, guard: Guard) -> int:
+        """Frozen entries that moved, of all shards together."""
+        counts = guard.moved()
+        if not self._sharded:
+            return sum(counts.values())
+        parameters, everyone = self._parameters(), ranks.gather(counts)
+        # What is not sharded is the same on every rank.
+        moved = [
+            (sum if name in parameters and shards.is_shard(parameters[name]) else max)(
+                one.get(name, 0) for one in everyone
+            )
+            for name in sorted({name for one in everyone for name in one})
+        ]
+        return sum(moved)
+
     def _require_same_sets(self) -> None:
         if ranks.world()[1] > 1:
             for name, source in self._sets.items():
@@ -368,7 +460,7 @@ class Session:
             )
 
     def _parameters(self) -> dict[str, Tensor]:
-        return dict(unwrap(self.model).named_parameters())
+        return dict(shards.parameters_of(unwrap(self.model)))
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self._parameters().items() if p.requires_grad}
@@ -443,10 +535,6 @@ class Session:
         return f"leave one-dimensional parameters out, or {knob}" if flat else knob
 
     def _evaluate(self, when: str, gold: Gold | None) -> None:
-        if shards.is_sharded(unwrap(self.model)):
-            # Each forward pass gathers weights, and the ranks have different numbers of batches.
-            self._scores[when] = "not computed: the model is sharded"
-            return
         with self._timed("evaluate"):
             try:
                 self._scores[when] = evaluate(

@@ -28,8 +28,9 @@ class DeepCleanHook:
 
     Measures, selects and resets on entry, over all processes, each sample once, prepared loaders
     too; holds the frozen entries inside; reports on exit. Make it before or after
-    `accelerator.prepare`. Only where FSDP2 shards the model there is one order: make it, call
-    `reset()`, prepare, enter.
+    `accelerator.prepare`, and enter it after. Under FSDP2 it measures the sharded model; what
+    cannot be measured so (mixed precision for one) is measured whole by `reset()` before
+    `accelerator.prepare`.
 
     It is registered with the accelerator: `save_state` stores the masks, and after `load_state`,
     called between making and entering it, nothing is measured or reset. The other arguments are
@@ -78,7 +79,8 @@ class DeepCleanHook:
         accelerator.register_for_checkpointing(self)
 
     def reset(self) -> Session:
-        """Measures, selects and resets now instead of on entry: before FSDP2 shards the model."""
+        """Measures, selects and resets now instead of on entry: before FSDP2 shards the model, for
+        methods and settings that need it whole."""
         if self._run is not None:
             raise RuntimeError("this hook has a run already; reset() comes once, before `with`")
         run = self._session()
@@ -91,12 +93,10 @@ class DeepCleanHook:
     def __enter__(self) -> Session:
         """Takes all phases up to the guard that have not been taken."""
         inner = unwrap(self._model)
-        sharded = shards.is_sharded(inner)
-        if self._accelerator.is_fsdp2 and (self._run is None or not sharded):
+        if self._accelerator.is_fsdp2 and not shards.is_sharded(inner):
             raise RuntimeError(
-                "under FSDP2 the order is: hook = DeepCleanHook(...), hook.reset(), "
-                "accelerator.prepare(...), with hook: ...; a sharded model cannot be measured, "
-                "and what is held before the sharding is no part of the model after it"
+                "under FSDP2 call accelerator.prepare(...) before `with DeepCleanHook(...)`: what "
+                "is held before the sharding is no part of the model after it"
             )
         for model in self._accelerator._models:
             if unwrap(model) is inner:

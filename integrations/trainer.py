@@ -297,9 +297,10 @@ def _refuse_sharding(trainer: Trainer) -> None:
         )
     if trainer.is_fsdp_enabled:
         raise ValueError(
-            "under FSDP a Trainer shards the model before it tells a callback, so nothing can be "
-            "measured any more; train under DistributedDataParallel (fsdp left out of the "
-            "arguments), or use Session.reset() before fully_shard() and guard() after it"
+            "under FSDP a Trainer shards the model before it tells a callback, and its FSDP1 "
+            "leaves no entry that can be named; train under DistributedDataParallel (fsdp left out "
+            "of the arguments), or use a Session or DeepCleanHook under FSDP2 (fully_shard) in a "
+            "loop of your own"
         )
 
 

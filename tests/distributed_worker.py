@@ -112,11 +112,10 @@ def full(tensor: Tensor) -> Tensor:
 def outcome(model: nn.Module, then: dict[str, Tensor], run: deepclean.Session) -> dict[str, Any]:
     """What moved, counted here, and what a rank has at the end."""
     now = {name: full(p) for name, p in model.named_parameters()}
-    frozen = {
-        n: ~run._free[n] if n in run._free else torch.ones_like(p) > 0 for n, p in now.items()
-    }
+    free = {name: full(mask) for name, mask in run._free.items()}
+    frozen = {n: ~free[n] if n in free else torch.ones_like(p) > 0 for n, p in now.items()}
     return {
-        "masks": digest({n: m.to(torch.uint8) for n, m in run._free.items()}),
+        "masks": digest({n: m.to(torch.uint8) for n, m in free.items()}),
         "frozen moved": sum(int((differing(p, then[n]) & frozen[n]).sum()) for n, p in now.items()),
         "free moved": sum(int((differing(p, then[n]) & ~frozen[n]).sum()) for n, p in now.items()),
         "weights": digest(now),
@@ -293,13 +292,6 @@ def powersgd(rank: int) -> None:
     run.reset().guard()
 
 
-def measured_after_sharding(rank: int) -> None:
-    """A model under FSDP2."""
-    from torch.distributed.fsdp import fully_shard
-
-    session(fully_shard(perceptron())).measure(FORGET, RETAIN)
-
-
 def guarded_before_sharding(rank: int) -> None:
     """A guard that FSDP2 takes the parameters from."""
     from torch.distributed.fsdp import fully_shard
@@ -406,7 +398,6 @@ CHECKS: dict[str, Callable[[int], Any]] = {
             bad_label_when_scored,
             other_masks,
             powersgd,
-            measured_after_sharding,
             guarded_before_sharding,
             fsdp2,
             resumed_fsdp2,
@@ -416,14 +407,14 @@ CHECKS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def main(folder: Path) -> None:
+def run_all(checks: dict[str, Callable[[int], Any]], folder: Path) -> None:
     """Every check in turn; what it returns or raises goes to a file of this rank."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     # A check that hangs fails after a minute instead of for ever.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, found = dist.get_rank(), {}
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         try:
             found[name] = check(rank)
         except Exception as error:
@@ -440,4 +431,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    main(Path(sys.argv[1]))
+    run_all(CHECKS, Path(sys.argv[1]))

@@ -147,9 +147,10 @@ def test_sharded_and_resumed(results: Results) -> None:
         assert found["steps"] == 2
 
 
-def test_sharded_scores_are_left_out(results: Results) -> None:
-    """Fails if a sharded model is scored: ranks with other numbers of batches would hang."""
-    assert each(results, "fsdp2")[0]["after"] == "not computed: the model is sharded"
+def test_sharded_scores(results: Results) -> None:
+    """Fails if a sharded model is not scored, or a sample that fills up a batch is counted."""
+    for found in each(results, "fsdp2"):
+        assert [found["after"]["sets"][name]["count"] for name in ("forget", "retain")] == [13, 37]
 
 
 def test_recipe_in_two_processes(results: Results) -> None:
@@ -200,7 +201,6 @@ def test_engines_are_refused_by_name(engine: str, nested: bool) -> None:
         ("bad_label_on_one", "label 99 is out of range"),
         ("bad_label_when_scored", "label 99 is out of range"),
         ("powersgd", "PowerSGD"),
-        ("measured_after_sharding", "before fully_shard"),
         ("guarded_before_sharding", "set the guard after what replaces them"),
     ],
 )

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from deepclean_hooks import held
-from deepclean_hooks.bits import differing
+from deepclean_hooks.bits import bits, differing
 from deepclean_hooks.guard import Guard
 from guarding import (
     changed,
@@ -302,6 +302,57 @@ def test_masks_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
             plain(model)
         assert changed(model, then, free, frozen=True) == 0
         assert changed(model, then, free, frozen=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_together_restores_the_bits_of_one_by_one(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if the foreach form, which GPUs take, loses a NaN's payload, -0.0 or the lowest
+    integer, or a group leaves a parameter out."""
+    model = small().to(dtype)
+    free = plant(model)
+    everything = [
+        held.Held(name, p, free[name])
+        for name, p in model.named_parameters()
+        if name in free and free[name].any()
+    ]
+    generator, wild = torch.Generator().manual_seed(3), {}
+    for one in everything:
+        kind = one.frozen.dtype
+        low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
+        wild[one.name] = torch.randint(low, high, one.frozen.shape, generator=generator, dtype=kind)
+        wild[one.name].view(-1)[5:8] = low
+        bits(one.parameter).copy_(wild[one.name])
+        one.restore()
+    expected = {one.name: bits(one.parameter).clone() for one in everything}
+    assert any((expected[name] != wild[name]).any() for name in wild)
+    monkeypatch.setattr(held, "GROUP", 100)
+    parts = held.groups(everything)
+    assert 1 < len(parts) < len(everything)
+    for part in parts:
+        for one in part:
+            bits(one.parameter).copy_(wild[one.name])
+        held.restore_together(part)
+    for one in everything:
+        assert torch.equal(bits(one.parameter), expected[one.name])
+
+
+def test_hidden_gradients_come_back() -> None:
+    """Fails if a step leaves a wholly frozen parameter without gradient or state, as a loop that
+    reads every gradient and a strict distributed checkpoint would find."""
+    model = small()
+    free = plant(model)
+    with Guard(model, free):
+        optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            assert all(p.grad is not None for p in model.parameters())
+            assert all(p in optimizer.state for p in model.parameters())
+    assert optimizer.state[model[5].bias]["step"] == 1
+    assert optimizer.state[model[5].weight]["step"] == 3
 
 
 def test_a_parameter_that_is_a_view_with_gaps_holds() -> None:

@@ -28,9 +28,10 @@ OPTIONAL = (
 LAYERS = (
     {"_version", "wrappers", "ranks", "shards", "follow", "svg", "whole", "report_rows", "plots"},
     {"bits"},
-    {"batches", "masks", "membership", "norm_statistics", "optimizers", "sealed", "checkpoint"},
+    {"tensor_file", "batches", "masks", "membership"}
+    | {"norm_statistics", "optimizers", "sealed", "checkpoint"},
     {"samples"},
-    {"measure", "held", "identifiers", "report_html", "report_markdown", "verify"},
+    {"measure", "held", "compact", "identifiers", "report_html", "report_markdown", "verify"},
     {"losses"},
     {"persample"},
     {"measurement", "metrics"},

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import batches, checkpoint, identifiers
+from deepclean_hooks import batches, checkpoint, identifiers, report_rows
 from deepclean_hooks.__main__ import main
 from deepclean_hooks.gamma import gamma_sweep
 from deepclean_hooks.report_rows import figures_of
@@ -138,6 +138,52 @@ def test_page_is_whole_and_needs_no_network(report: deepclean.Report) -> None:
         "within the spread",
     ):
         assert words in page.text
+
+
+def test_methods_stand_side_by_side_with_their_gaps(report: deepclean.Report) -> None:
+    """Fails if a method's figures land in another's row, or a gap is judged by another spread."""
+    after = report.scores["after"]
+    other = copy.deepcopy(after)
+    other["sets"]["forget"]["accuracy"], other["gaps"]["forget.accuracy"] = 77.75, 66.25
+    other["within_spread"]["forget.accuracy"] = False
+    del other["attacks"]["rmia"]
+    rows = report_rows.compared({"DeepClean": after, "<other>": other})
+    assert [row.label for row in rows["DeepClean"]] == [row.label for row in rows["<other>"]]
+    by_label = {row.label: row for row in rows["<other>"]}
+    assert by_label["Accuracy, forgotten data"].cells()[2:] == (
+        "77.8 %",
+        by_label["Accuracy, forgotten data"].cells()[3],
+        "+66.2",
+    )
+    assert by_label["Told from new data (RMIA, AUC)"].after is None
+    text = report.to_html(compared={"DeepClean": after, "<other>": other})
+    table = text[text.index("The same request by other methods") :]
+    table = table[: table.index("</table>")]
+    assert "&lt;other&gt;" in table
+    assert 'class="n bad" data-label="Accuracy, forgotten data">77.8 %<small>+66.2' in table
+    assert table.count("<tr>") == 4
+    assert "other methods" not in report.to_html()
+
+
+def test_the_choice_of_gamma_is_told() -> None:
+    """Fails if a page hides how gamma="auto" was settled, or tells of a choice where gamma was
+    given."""
+    run = deepclean.Session(
+        original(), deepclean.DeepClean(gamma="auto", held_out=TEST), scores=False
+    )
+    run.measure(FORGET, RETAIN)
+    with pytest.warns(UserWarning, match="still better known than unseen"):
+        chosen = run.select()
+    gamma = f"{chosen.gamma_choice['gamma']:g}"
+    words = f"gamma = {gamma} was chosen out of 1, 1.1, 1.5, 2, 3, 5, 10 without test data"
+    assert words in chosen.to_markdown()
+    page = chosen.to_html()
+    assert words in page
+    assert f"<b>{gamma}</b> (chosen)" in page
+    assert "chosen without test data" in str(chosen)
+    assert json.loads(chosen.to_json())["gamma_choice"] == chosen.gamma_choice
+    given = deepclean.Session(original(), deepclean.DeepClean(), scores=False).report
+    assert "chosen" not in given.to_html()
 
 
 def test_names_are_text_and_no_markup(report: deepclean.Report) -> None:

@@ -159,7 +159,7 @@ def test_report_is_complete_and_json() -> None:
         train(model, adamw(model))
     told = json.loads(run.report.to_json())
     empty = [key for key, value in told.items() if value is None or value == {}]
-    assert empty == []
+    assert empty == ["gamma_choice"]  # gamma was given
     assert told["forget_samples"] == 8
     assert told["retain_samples"] == 32
     assert told["trainable_entries"] == sum(p.numel() for p in model.parameters())
@@ -457,3 +457,51 @@ def test_custom_loss_without_logits() -> None:
     plain = session(network()).measure(FORGET, RETAIN)
     plain.select()
     assert run.report.selected_entries == plain.report.selected_entries
+
+
+def test_averaged_copy_from_before_keeps_what_was_learned() -> None:
+    """Fails if what the README says of averaged (EMA) copies no longer holds: a copy made before
+    the reset keeps W_f, whatever is averaged into it later; one made after the reset does not."""
+    model = network()
+    before = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99)
+    )
+    before.update_parameters(model)  # the first update is a copy
+    run = session(model).measure(FORGET, RETAIN)
+    run.select()
+    learned = dict(before.module.named_parameters())
+    then = {name: p.detach().clone() for name, p in learned.items()}
+    run.reset()
+    after = torch.optim.swa_utils.AveragedModel(model)
+    run.guard()
+    before.update_parameters(model)
+    run.finish()
+    for name, mask in run.selection.masks.items():
+        assert torch.allclose(learned[name][mask], 0.99 * then[name][mask])
+        assert not dict(after.module.named_parameters())[name][mask].any()
+    assert any(bool(then[name][mask].any()) for name, mask in run.selection.masks.items())
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    assert "averaged (EMA) copies" in readme
+
+
+def test_requires_grad_is_left_alone_under_ddp(tmp_path: Path) -> None:
+    """Fails if frozen parameters are switched off after wrapping: DistributedDataParallel would
+    wait for their gradients, as it does where a test switches one off."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = network()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        run = session(wrapped).measure(FORGET, RETAIN)
+        run.select()
+        run.reset().guard()
+        frozen = [n for n, p in model.named_parameters() if n not in run.selection.masks]
+        assert frozen
+        train(wrapped, torch.optim.SGD(model.parameters(), lr=0.1))
+        assert all(p.requires_grad for p in model.parameters())
+        assert run.finish().frozen_entries_moved == 0
+        model.get_parameter(frozen[0]).requires_grad_(False)
+        with pytest.raises(RuntimeError, match="finished reduction"):
+            train(wrapped, torch.optim.SGD(model.parameters(), lr=0.1))
+    finally:
+        dist.destroy_process_group()

@@ -41,6 +41,8 @@ class Method(ABC):
     `knob`: the hyper-parameter that widens the selection when lowered, for messages; empty where
     selecting nothing or everything is what the method means. `own_training`: whether the method
     trains otherwise than by your loss on the retain set, so that only `unlearn()` can run it.
+    `sharded`: whether `select` and `new_values` look at entries one by one (and count and compare
+    whole tensors by way of `shards`), so that they serve a model under FSDP2.
     `resets_buffers`: whether buffers that `values` names become these values too, running
     statistics for instance.
     """
@@ -49,6 +51,7 @@ class Method(ABC):
     knob: ClassVar[str] = ""
     own_training: ClassVar[bool] = False
     resets_buffers: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
 
     @property
     def measured_by(self) -> Estimator:

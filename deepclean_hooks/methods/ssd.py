@@ -49,6 +49,7 @@ class SSD(Method):
     fine_tune: bool = False
     name = "ssd"
     knob = "alpha"
+    sharded = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for a hyper-parameter that is no positive number."""
@@ -159,6 +160,7 @@ class ASSD(SSD):
     alpha: float = field(default=math.nan, init=False)
     name = "assd"
     knob = ""
+    sharded = False  # ranks the entries of all tensors
 
     def __post_init__(self) -> None:
         """Raises ValueError for a hyper-parameter that is no positive number."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import losses, measure, ranks
+from deepclean_hooks import batches, losses, measure, ranks, shards
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.samples import Samples
 
@@ -80,12 +81,17 @@ def collect(
     with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
         kept = _Kept(source, name, logits, features)
         device = measure.device_of(inner)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "progress": label}
+        if shards.is_sharded(inner):
+            with _watched(inner, features) as seen:
+                for batch, counted in measure.walk_together(source, **how):
+                    with ranks.fail_together(), torch.no_grad():
+                        kept.add(inner, batch, seen, counted)
+            return kept.outputs()
         with ranks.fail_together(), _watched(inner, features) as seen:
-            for batch in measure.walk(
-                source, device=device, dtype=dtype, name=name, progress=label
-            ):
+            for batch in measure.walk(source, name=name, **how):
                 with torch.no_grad():
-                    kept.add(inner, batch, seen)
+                    kept.add(inner, batch, seen, batches.size(batch))
     return kept.outputs()
 
 
@@ -126,9 +132,15 @@ class _Kept:
         self.positions: list[Tensor] = []
         self.reasons: list[str] = []
 
-    def add(self, model: nn.Module, batch: Batch, seen: list[tuple[Tensor, Tensor]]) -> None:
+    def add(
+        self, model: nn.Module, batch: Batch, seen: list[tuple[Tensor, Tensor]], counted: int
+    ) -> None:
+        """Runs the batch and keeps what its first `counted` samples gave."""
         seen.clear()
         logits, labels = losses.logits_and_labels(model, batch)
+        logits, labels = logits[:counted], labels[:counted]
+        if not counted:
+            return
         # On the CPU because not every accelerator has float64.
         raw, labels = logits.to("cpu"), labels.to("cpu")
         rows = scores_of(raw, labels)
@@ -170,7 +182,8 @@ class _Kept:
         at = rank + world * torch.arange(self.count, self.count + len(logits))
         wanted = _spread(at, self.total)
         self.positions.append(at[wanted])
-        self.features.append(found[-1].flatten(1)[wanted.to(logits.device)].float().to("cpu"))
+        kept = found[-1][: len(logits)].flatten(1)[wanted.to(logits.device)]
+        self.features.append(kept.float().to("cpu"))
 
     def outputs(self) -> Outputs:
         mine = torch.cat(self.rows) if self.rows else torch.empty(0, _COLUMNS, dtype=torch.float64)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deepclean_hooks import batches, losses, measure
+from deepclean_hooks import batches, losses, measure, shards
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.persample.engine import SquaredGradients
@@ -63,6 +63,7 @@ def explain(model: nn.Module, batch: Batch, *, loss_fn: LossFn | None = None) ->
     does for a bad batch, loss or model.
     """
     inner = unwrap(model)
+    shards.refuse_sharded(inner, "explain")
     parameters = require_trainable(inner)
     with measure.no_trace(inner), measure.float32_weights(inner) as dtype:
         engine = SquaredGradients(inner, parameters, loss_fn=loss_fn or losses.cross_entropy)

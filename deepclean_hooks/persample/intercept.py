@@ -110,8 +110,8 @@ class Interception(TorchFunctionMode):
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(func, args, kwargs, self.forward)
-        self.forward.begin(call)
         try:
+            self.forward.begin(call)
             if func not in HANDLERS:
                 raise Unserved("no rule for this operation")
             return HANDLERS[func](call)

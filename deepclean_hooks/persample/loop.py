@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,16 @@ from deepclean_hooks.losses import LossFn
 
 
 def squared_gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], loss_fn: LossFn, batch: Batch
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    loss_fn: LossFn,
+    batch: Batch,
+    counted: int | None = None,
+    beside: Callable[[Tensor], list[Tensor]] = lambda loss: [],
 ) -> dict[str, Tensor]:
     """The sum over the batch of each sample's squared gradient, by name, in the parameter's shape
-    and dtype.
+    and dtype; over its first `counted` samples if given, and then all of them run all the same.
+    `beside(loss)`: what else each backward has to reach.
 
     The sample is shown twice and one of the two is read: PyTorch's BatchNorm backward on the CPU is
     wrong for a batch of one with channels-last gradients (100 % off on LeViT and XCiT).
@@ -30,9 +36,10 @@ def squared_gradients(
         # retain_graph: a model may keep a derived tensor, and its graph, from one forward to the
         # next (LeViT).
         gradients = torch.autograd.grad(
-            loss, list(parameters.values()), allow_unused=True, retain_graph=True
+            loss, [*parameters.values(), *beside(loss)], allow_unused=True, retain_graph=True
         )
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
+        for name, gradient in zip(parameters, gradients, strict=False):
+            if gradient is not None and (counted is None or i < counted):
                 total[name].addcmul_(gradient, gradient)
+        del gradient, gradients  # not held while the next ones are made
     return total

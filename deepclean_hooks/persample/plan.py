@@ -10,7 +10,8 @@ uses, THEN squared. loop: no rule, or the self-check failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,8 @@ from deepclean_hooks.persample.rules.broadcast import Carrying
 
 Operand = tuple[int, str]
 """(index of the use, name of the operand)."""
+
+Present = Callable[[Collection[str]], AbstractContextManager[None]]
 
 
 @dataclass
@@ -78,9 +81,10 @@ def classify(
     refused: Iterable[tuple[list[Tensor], str]],
     loss: Tensor,
     parameters: Mapping[str, Tensor],
+    present: Present = lambda names: nullcontext(),
 ) -> Plan:
     """The plan for the uses that a served forward pass has just made; `loss` is what that pass
-    ended in."""
+    ended in. `present(names)`: inside it the values of these parameters can be read."""
     names = {id(p): name for name, p in parameters.items()}
     plan = Plan(seen)
     operands = {
@@ -92,7 +96,7 @@ def classify(
     for key, (_, rule) in operands.items():
         for name in plan.sources[key]:
             plan.served_by.setdefault(name, []).append(type(rule).__name__)
-    slow = _pulled_parameters(operands, plan.sources, parameters)
+    slow = _pulled_parameters(operands, plan.sources, parameters, present)
     for key, sources in plan.sources.items():
         if sources:
             (plan.pulled if set(sources) & slow else plan.fast).add(key)
@@ -120,27 +124,40 @@ def _pulled_parameters(
     operands: Mapping[Operand, tuple[Tensor, object]],
     sources: Mapping[Operand, list[str]],
     parameters: Mapping[str, Tensor],
+    present: Present,
 ) -> set[str]:
     slow: set[str] = set()
-    used: dict[str, Tensor] = {}  # how often each entry is selected
+    alone: dict[str, list[Tensor]] = {}  # the operands made of this parameter and no other
     for key, (operand, rule) in operands.items():
-        if not sources[key]:
-            continue
-        name, parameter = sources[key][0], parameters[sources[key][0]]
-        selected = None
-        if len(sources[key]) == 1 and not isinstance(rule, Carrying):
-            selected = _selection(operand, parameter)
-        if selected is None:
-            slow.update(sources[key])
+        names = sources[key]
+        if len(names) != 1 or isinstance(rule, Carrying):
+            slow.update(names)
         else:
-            used[name] = used[name] + selected if name in used else selected
-    slow.update(name for name, count in used.items() if (count > 1.5).any())
+            alone.setdefault(names[0], []).append(operand)
+    for name, made in alone.items():
+        # A parameter that is itself the one operand is no question, and the most frequent case.
+        if len(made) > 1 or made[0] is not parameters[name]:
+            with present([name]):
+                if not _each_entry_once(made, parameters[name]):
+                    slow.add(name)
     grown = True
     while grown:  # an operand pulled for one of its parameters is pulled for all of them
         more = {n for s in sources.values() if slow & set(s) for n in s} - slow
         slow |= more
         grown = bool(more)
     return slow
+
+
+def _each_entry_once(operands: Iterable[Tensor], parameter: Tensor) -> bool:
+    """Whether the operands are selections of the parameter's entries, and none is selected
+    twice."""
+    used = torch.zeros_like(parameter, requires_grad=False)
+    for operand in operands:
+        selected = _selection(operand, parameter)
+        if selected is None:
+            return False
+        used += selected
+    return not bool((used > 1.5).any())
 
 
 def _selection(operand: Tensor, parameter: Tensor) -> Tensor | None:

@@ -28,6 +28,10 @@ ZERO = {
 }  # of the model's largest entry: pure rounding noise
 
 
+Errors = dict[str, tuple[float, float, torch.dtype]]
+"""Parameter -> (largest difference, largest entry, dtype)."""
+
+
 class SamplesMixed(ValueError):
     """The model's output for a sample depends on the other samples of its batch."""
 
@@ -122,18 +126,24 @@ def groups(parameters: Mapping[str, Tensor], most: int) -> Iterator[dict[str, Te
 
 
 def disagreements(
-    take: Callable[[str], Tensor], truth: Iterable[Mapping[str, Tensor]]
+    take: Callable[[str], Tensor],
+    truth: Iterable[Mapping[str, Tensor]],
+    worst: Callable[[Errors], Errors] = lambda errors: errors,
 ) -> dict[str, str]:
     """The parameters whose sums differ from the truth by more than rounding, each with by how much.
 
     `take(name)` gives up our sum, `truth` comes in groups, so that neither is held for all.
+    `worst`: of the errors that each rank found in its part, the largest.
     """
-    errors: dict[str, tuple[float, float, torch.dtype]] = {}  # (difference, largest entry, dtype)
+    errors: Errors = {}
     for group in truth:
         for name, expected in group.items():
+            sizes = (0.0, 0.0)
             if expected.numel():
                 difference = take(name).sub_(expected).abs_().max()
-                errors[name] = float(difference), float(expected.max()), expected.dtype
+                sizes = float(difference), float(expected.max())
+            errors[name] = (*sizes, expected.dtype)
+    errors = worst(errors)
     largest = max((size for _, size, _ in errors.values()), default=0.0)
     found: dict[str, str] = {}
     for name, (error, own, dtype) in errors.items():

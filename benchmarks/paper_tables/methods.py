@@ -1,0 +1,193 @@
+"""The rows of the tables: each a method, how it is trained, and what it is measured on.
+
+Nothing here was chosen by looking at test data: values are the papers', or where these need another
+network or budget, those of our own documentation; `settings` of each row tells all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deepclean_hooks import (
+    ASSD,
+    CT,
+    MSG,
+    SCRUB,
+    SSD,
+    Amnesiac,
+    BadTeaching,
+    BatchMean,
+    ClassProjection,
+    DeepClean,
+    FineTune,
+    FisherForgetting,
+    L1Sparse,
+    Method,
+    NegGradPlus,
+    RandomLabel,
+    SalUn,
+)
+
+from .cases import Case
+from .setups import FORGOTTEN_CLASS, SCENARIOS
+from .variants import (
+    AllFree,
+    Dampened,
+    OfBatchMeans,
+    Quota,
+    Reselected,
+    ToInitialValues,
+    ZeroOnly,
+)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Adam, or SGD with momentum 0.9 and weight decay 5e-4; cosine annealing to 0 in either
+    case."""
+
+    kind: str = "adam"
+    lr: float = 1e-3
+
+    def __call__(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.kind == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=5e-4)
+        return torch.optim.Adam(parameters, lr=self.lr)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the tables.
+
+    `epochs`: None is the setup's. `stored`: whether the diagonal of D_r that was measured once
+    serves. `few`: how many retain and forget samples are measured, None is all. `later`: the method
+    of the rounds after the first, one an epoch, where there are rounds.
+    """
+
+    method: Callable[[Case], Method]
+    optimizer: Optimizer = Optimizer()
+    epochs: int | None = None
+    stored: bool = False
+    few: Callable[[Case], tuple[int, int]] | None = None
+    later: Callable[[Case], Method] | None = None
+    scenarios: tuple[str, ...] = SCENARIOS
+
+
+def _gamma(case: Case) -> float:
+    return case.sets.gamma
+
+
+def _classes(case: Case) -> int:
+    return case.setup.images.kind.classes
+
+
+def _fisher_forgetting(case: Case) -> Method:
+    forgotten = FORGOTTEN_CLASS if case.scenario == "class" else None
+    return FisherForgetting(_classes(case), forgotten_class=forgotten, seed=case.seed)
+
+
+def _few_for_projection(case: Case) -> tuple[int, int]:
+    """What Kodge et al. take on CIFAR-10: 900 of each side."""
+    return 100 * (_classes(case) - 1), 900
+
+
+def _few_for_expected_fisher(case: Case) -> tuple[int, int]:
+    """All at full scale; C backward passes a sample are too many for a small machine."""
+    whole = len(case.sets.retain)  # type: ignore[arg-type]  # a Subset has a length
+    return (whole if case.setup.scale == "full" else 500), whole
+
+
+def _deep_clean(literal: bool) -> Contender:
+    return Contender(
+        lambda case: DeepClean(gamma=_gamma(case), one_dimensional=literal), stored=True
+    )
+
+
+MAIN: dict[str, Contender] = {
+    "fine-tune": Contender(lambda case: FineTune()),
+    "deepclean": _deep_clean(literal=False),
+    "deepclean-literal": _deep_clean(literal=True),
+    "zeroed": Contender(lambda case: ZeroOnly(gamma=_gamma(case)), stored=True),
+    "zeroed-literal": Contender(
+        lambda case: ZeroOnly(gamma=_gamma(case), one_dimensional=True), stored=True
+    ),
+    "l1-sparse": Contender(lambda case: L1Sparse()),
+    "ssd": Contender(lambda case: SSD(estimator=BatchMean(batch_size=64, seed=case.seed))),
+    "ssd-exact": Contender(lambda case: SSD(alpha=5.0), stored=True),
+    "assd": Contender(lambda case: ASSD(), stored=True),
+    "class-projection": Contender(
+        lambda case: ClassProjection(), few=_few_for_projection, scenarios=("class",)
+    ),
+    # As its authors train, not as in DeepClean's table (1e-3, 10 epochs).
+    "teacher": Contender(
+        lambda case: BadTeaching(seed=case.seed), optimizer=Optimizer(lr=1e-4), epochs=1
+    ),
+    "salun": Contender(lambda case: SalUn(seed=case.seed), optimizer=Optimizer("sgd", 0.013)),
+    "msg": Contender(lambda case: MSG(seed=case.seed), optimizer=Optimizer("sgd", 1e-3)),
+    "fisher-forgetting": Contender(_fisher_forgetting, few=_few_for_expected_fisher),
+}
+
+MORE: dict[str, Contender] = {
+    "neggrad+": Contender(lambda case: NegGradPlus()),
+    "random-label": Contender(
+        lambda case: RandomLabel(seed=case.seed), optimizer=Optimizer("sgd", 0.013)
+    ),
+    "amnesiac": Contender(lambda case: Amnesiac(seed=case.seed), optimizer=Optimizer(lr=1e-4)),
+    "scrub": Contender(lambda case: SCRUB(), optimizer=Optimizer("sgd", 5e-4)),
+    "ct": Contender(lambda case: CT(), optimizer=Optimizer("sgd", 1e-3)),
+}
+
+
+def _at_gamma(gamma: float) -> Contender:
+    return Contender(lambda case: DeepClean(gamma=gamma), stored=True)
+
+
+ABLATIONS: dict[str, Contender] = {
+    "deepclean-lr-3e-3": Contender(
+        lambda case: DeepClean(gamma=_gamma(case)), Optimizer(lr=3e-3), stored=True
+    ),
+    "fine-tune-lr-3e-3": Contender(lambda case: FineTune(), Optimizer(lr=3e-3)),
+    "all-free": Contender(lambda case: AllFree(gamma=_gamma(case)), stored=True),
+    "all-free-lr-3e-3": Contender(
+        lambda case: AllFree(gamma=_gamma(case)), Optimizer(lr=3e-3), stored=True
+    ),
+    "dampened": Contender(lambda case: Dampened(gamma=_gamma(case)), stored=True),
+    "initial-values": Contender(
+        lambda case: ToInitialValues(gamma=_gamma(case), seed=case.seed), stored=True
+    ),
+    "quota": Contender(lambda case: Quota(gamma=_gamma(case)), stored=True),
+    "batch-mean": Contender(lambda case: OfBatchMeans(gamma=_gamma(case), seed=case.seed)),
+    "gamma-1.5": _at_gamma(1.5),
+    "gamma-3": _at_gamma(3.0),
+    "gamma-1": _at_gamma(1.0),
+    "dynamic": Contender(
+        lambda case: DeepClean(gamma=_gamma(case)),
+        stored=True,
+        later=lambda case: DeepClean(gamma=_gamma(case)),
+    ),
+    "dynamic-kept": Contender(
+        lambda case: DeepClean(gamma=_gamma(case)),
+        stored=True,
+        later=lambda case: Reselected(gamma=_gamma(case)),
+    ),
+}
+
+CONTENDERS = {**MAIN, **MORE, **ABLATIONS}
+# What the plot of cost against gap has at other budgets.
+BUDGETED = ("fine-tune", "deepclean", "all-free", "l1-sparse", "salun")
+AT = "@"
+
+
+def contender(name: str) -> Contender:
+    """The row of that name; `NAME@EPOCHS` is the same with another budget."""
+    known, _, budget = name.partition(AT)
+    if known not in CONTENDERS:
+        raise ValueError(f"method must be one of {', '.join(CONTENDERS)}, got {name!r}")
+    found = CONTENDERS[known]
+    if not budget:
+        return found
+    return Contender(**{**vars(found), "epochs": int(budget)})

@@ -1,0 +1,83 @@
+"""Originals and golds, trained once and kept: `original(setup, seed)`, `gold(setup, ...)`.
+
+from pathlib import Path
+from paper_tables.models import gold, original, scenario   # with benchmarks/ on the path
+from paper_tables.setups import setup
+
+small = setup("small", "cifar10", data_dir=DATA, cache=Path("cache"))
+trained = original(small, seed=0)            # trains, or reads what was trained before
+model, seconds = trained.model, trained.seconds
+golds = [gold(small, "class", seed).model for seed in (0, 1, 2)]
+sets = scenario(small, "class", seed=0)      # .forget, .retain, .test, .forget_test, .gamma
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from deepclean_hooks.whole import written_whole
+from scenarios import Scenario, class_scenario, random_scenario
+
+from .networks import network
+from .recipes import train
+from .setups import FORGOTTEN_CLASS, SHARE, Setup
+from .stopwatch import stopwatch
+
+GAMMA = {"class": 2.0, "random": 1.1}  # the paper's
+# A gold starts from other initial values, and sees other batches, than the original of its seed.
+GOLD_SEED = 1000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in eval mode on the setup's device, and the seconds that its training took."""
+
+    model: nn.Module
+    seconds: float
+
+
+def scenario(setup: Setup, name: str, seed: int) -> Scenario:
+    """What to forget, "class" or "random" (drawn by the seed), and the sets to judge by."""
+    data = setup.images
+    if name == "class":
+        return class_scenario(data.train, data.test, FORGOTTEN_CLASS, GAMMA[name])
+    if name == "random":
+        return random_scenario(data.train, data.test, SHARE, GAMMA[name], seed)
+    raise ValueError(f"scenario must be class or random, got {name!r}")
+
+
+def original(setup: Setup, seed: int) -> Trained:
+    """The network trained on the whole training set; the same for both scenarios."""
+    path = setup.folder / f"original_{seed}.pt"
+    return _kept(setup, path, setup.images.train, seed)
+
+
+def gold(setup: Setup, name: str, seed: int) -> Trained:
+    """The network that never saw the forget set of a scenario, trained by the same recipe."""
+    path = setup.folder / f"gold_{name}_{seed}.pt"
+    return _kept(setup, path, scenario(setup, name, seed).retain, GOLD_SEED + seed)
+
+
+def untrained(setup: Setup, seed: int) -> nn.Module:
+    """A network of the same kind with fresh weights, on the setup's device."""
+    return network(setup.network, setup.images.kind, seed=seed).to(setup.device)
+
+
+def _kept(setup: Setup, path: Path, data: Dataset[tuple[torch.Tensor, ...]], seed: int) -> Trained:
+    """Reads what is stored, or trains and stores it: whole or not at all, so that a run that is
+    killed leaves no half of a file."""
+    model = untrained(setup, seed)
+    if not path.exists():
+        with stopwatch(setup.device) as seconds:
+            train(model, data, setup.images.kind, setup.recipe, seed)
+        stored = {"state": model.state_dict(), "seconds": seconds[0]}
+        with written_whole(path) as temporary:
+            torch.save(stored, temporary)
+    stored = torch.load(path, map_location=setup.device, weights_only=True)
+    model.load_state_dict(stored["state"])
+    return Trained(model.eval(), stored["seconds"])

@@ -1,0 +1,122 @@
+"""Writes the tables of docs/performance.md anew from the JSON files in benchmarks/results.
+
+    python benchmarks/performance.py
+
+A table stands between `<!-- table: name -->` and `<!-- end -->`; one without its JSON file, or
+without these marks, is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def fisher(told: Any) -> str:
+    head = ["model", "image", "batch", "plain, ms a batch", "exact Fisher", "range"]
+    head.append("one-sample loop")
+    rows = [
+        [
+            row["model"],
+            row["image"],
+            row["batch"],
+            f"{row['plain_ms_per_batch']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
+            f"{row['ratio_of_one_sample_loop']:.1f}" if "ratio_of_one_sample_loop" in row else "",
+        ]
+        for row in told["rows"]
+    ]
+    return table(head, rows) + f"\n\nGeometric mean {told['geometric_mean']:.2f}."
+
+
+def memory(told: Any) -> str:
+    head = ["model", "plain, MiB", "exact Fisher, MiB", "of which result", "ratio beside it"]
+    keys = ("plain_mib", "exact_mib", "result_mib")
+    rows = [
+        [row["model"], *(f"{row[k]:.0f}" for k in keys), f"{row['ratio_beside_the_result']:.2f}"]
+        for row in told["rows"]
+    ]
+    return table(head, rows)
+
+
+def requests(told: Any) -> str:
+    head = ["request", "samples", "seconds", "of the first", "ms a sample"]
+    head += [f"entries that differ, gamma {gamma}" for gamma in ("1.1", "2")]
+    first = told["first"]
+    rows = [[first["request"], first["forget"], f"{first['seconds']:.0f}", "1", "", "", ""]]
+    for row in told["later"]:
+        differing = [f"{g['differing']} of {g['selected']}" for g in row["gamma"].values()]
+        cost = [f"{row['seconds']:.1f}", f"{row['of_first']:.3f}", f"{row['ms_per_sample']:.1f}"]
+        rows.append([row["request"], row["forget"], *cost, *differing])
+    return table(head, rows)
+
+
+def peers(told: Any) -> str:
+    ways = list(told["rows"][0]["peers"])
+    rows = []
+    for row in told["rows"]:
+        cells = [_peer(row["peers"][way]) for way in ways]
+        rows.append([row["model"], row["samples"], f"**{row['ratio']:.2f}**", *cells])
+    return table(["model", "samples", "this package", *ways], rows)
+
+
+def _peer(found: Any) -> str:
+    if found["seconds"] is None:
+        return "does not run"
+    wrong = f", off by {found['error']:.1g}" if found["error"] > 1e-5 else ""
+    missing = f", {found['missing']} parameters missing" if found["missing"] else ""
+    return f"{found['ratio']:.2f}{wrong}{missing}"
+
+
+def growth(told: Any) -> str:
+    head = ["growing", "entries", "image", "batch", "plain, s", "exact, s", "ratio"]
+    rows: list[list[object]] = []
+    for kind in ("batch", "parameters", "image", "threads"):
+        for row in told.get(kind, ()):
+            name = f"{kind}: {row['threads']}" if kind == "threads" else kind
+            sizes = [row["entries"], row["image"], row["batch"]]
+            cost = [f"{row['plain_seconds']:.2f}", f"{row['exact_seconds']:.2f}"]
+            rows.append([name, *sizes, *cost, f"{row['ratio']:.2f}"])
+    text = table(head, rows)
+    one = told.get("processes", [])
+    if one:
+        share = one[1]["seconds"] / one[0]["seconds"]
+        text += f"\n\nTwo processes need {share:.2f} of one process's time over the same set."
+    return text
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "fisher": ("fisher_cpu.json", fisher),
+    "memory": ("memory_cpu.json", memory),
+    "requests": ("requests_cpu.json", requests),
+    "peers": ("fisher_peers_cpu.json", peers),
+    "growth": ("growth_cpu.json", growth),
+}
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, (file, written) in TABLES.items():
+        if (RESULTS / file).exists():
+            told = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+            block = f"<!-- table: {name} -->\n{written(told)}\n<!-- end -->"
+            pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
+            page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
+            print(f"{name}: {'written' if count else 'has no place in the page'}")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

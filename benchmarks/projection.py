@@ -1,0 +1,154 @@
+"""What class projection costs in each layer: memory and time of its Gram matrices and projections.
+
+    OMP_NUM_THREADS=1 python benchmarks/projection.py [--models resnet18 ...] [--json FILE]
+
+For each weight: the size D of its Gram matrices and how many there are (groups), the memory of one
+measurement in the float64 it is kept in, the time of the products a a^T of one batch, and that of
+the two eigendecompositions and products which give W P^T. Time is that of the process on the CPU,
+so that other jobs of the machine do not count: it needs one thread. The plain forward pass of the
+same batch stands beside the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepclean_hooks import measure
+from deepclean_hooks.gram import Grams, LayerInputs
+from deepclean_hooks.methods import ClassProjection
+from deepclean_hooks.report import versions
+from fisher import resnet18, timm_model
+from machine import machine
+
+MIB = 2**20
+# name: (how to build it, image size, batch size)
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "resnet18": (resnet18, 32, 32),
+    "vit_tiny": (timm_model("vit_tiny_patch16_224", img_size=96), 96, 32),
+}
+
+
+class TimedGrams(Grams):
+    """Grams that note the seconds spent on each layer."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(weights, LayerInputs())
+        self.seconds: dict[str, float] = {}
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        start = time.process_time()
+        super()._linear(input, weight, bias)
+        self._note(weight, start)
+
+    def _convolution(
+        self, spatial: int, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        start = time.process_time()
+        super()._convolution(spatial, input, weight, *args, **kwargs)
+        self._note(weight, start)
+
+    def _note(self, weight: Tensor, start: float) -> None:
+        name = self._name(weight)
+        if name is not None:
+            spent = time.process_time() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+
+def seconds(run: Callable[[], object], repeats: int) -> float:
+    """Of the quickest run."""
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        run()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def projected(rows: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
+    """W P^T (G, O, D)."""
+    values: Tensor = rows @ ClassProjection().projection(forget, retain).mT
+    return values
+
+
+def measured(name: str, repeats: int) -> dict[str, Any]:
+    build, size, batch_size = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    weights = {n: p for n, p in model.named_parameters() if p.dim() >= 2}
+    sets = [torch.randn(batch_size, 3, size, size) for _ in range(2)]
+    with measure.no_trace(model), torch.no_grad():
+        plain = seconds(lambda: model(sets[0]), repeats)
+        kept, spent = [], []
+        for images in [*sets[:1] * repeats, *sets]:  # 1.2 GiB of Gram matrices for a ResNet-18
+            grams = TimedGrams(weights)
+            with grams:
+                model(images)
+            kept = [*kept[-1:], grams.sums]
+            spent.append(grams.seconds)
+    layers = []
+    for key, forget in kept[1].items():
+        retain = kept[0][key]
+        weight = weights[key.partition("[")[0]].detach().double()
+        rows = weight.reshape(len(forget), -1, forget.shape[-1])  # (G, O, D)
+
+        project = partial(projected, rows, forget, retain)
+
+        layers.append(
+            {
+                "weight": key,
+                "shape": list(weight.shape),
+                "groups": forget.shape[0],
+                "size": forget.shape[-1],
+                "gram_mib": forget.nbytes / MIB,
+                "gram_ms": 1000 * min(run[key] for run in spent[1:]),
+                "projection_ms": 1000 * seconds(project, 1),
+            }
+        )
+    return {
+        "model": name,
+        "image": size,
+        "batch": batch_size,
+        "forward_ms": 1000 * plain,
+        "gram_mib": sum(layer["gram_mib"] for layer in layers),
+        "gram_ms": sum(layer["gram_ms"] for layer in layers),
+        "projection_ms": sum(layer["projection_ms"] for layer in layers),
+        "layers": layers,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        rows.append(measured(name, options.repeats))
+        for layer in rows[-1]["layers"]:
+            print(
+                "{weight:32} {groups} x {size:4}^2 {gram_mib:7.1f} MiB   Gram {gram_ms:7.1f} ms "
+                "a batch   projection {projection_ms:8.1f} ms".format(**layer),
+                flush=True,
+            )
+        print(
+            "{model}: forward {forward_ms:.0f} ms a batch; Gram matrices {gram_ms:.0f} ms a batch, "
+            "{gram_mib:.0f} MiB a set; projections {projection_ms:.0f} ms".format(**rows[-1]),
+            flush=True,
+        )
+    if options.json:
+        told = {"machine": machine(), "versions": versions(), "rows": rows}
+        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

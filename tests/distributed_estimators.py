@@ -1,0 +1,59 @@
+"""What each of the processes of test_estimators_on_ranks.py does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deepclean_hooks as deepclean
+from deepclean_hooks import losses
+from deepclean_hooks.estimators import Estimator
+from deepclean_hooks.expected_fisher import ExpectedFisher
+from deepclean_hooks.gram import LayerInputs, SampledPatches
+from deepclean_hooks.samples import samples_of
+from distributed_worker import network, run_all, samples
+
+METHODS: dict[str, deepclean.Method] = {
+    "MSG": deepclean.MSG(),
+    "ClassProjection": deepclean.ClassProjection(),
+}
+REFUSED: dict[str, Estimator] = {
+    "BatchMean": deepclean.BatchMean(batch_size=4),
+    "OutputMagnitude": deepclean.LFSSD().measured_by,
+    "SampledPatches": LayerInputs(patches=SampledPatches()),
+}
+ESTIMATORS: dict[str, Estimator] = {
+    **{name: method.retain_measured_by for name, method in METHODS.items()},
+    **REFUSED,
+    "SalUn": deepclean.SalUn().measured_by,
+    "ExpectedFisher": ExpectedFisher(classes=5),
+}
+
+
+def measured(estimator: Estimator) -> dict[str, Any]:
+    """13 samples in batches of 4: uneven on two ranks, in number and in the last batch."""
+    found = estimator(
+        network(torch.float64),
+        samples_of(samples(0, 13, torch.float64), name="forget", batch_size=4),
+        loss_fn=losses.cross_entropy,
+        parameters=lambda name, parameter: True,
+        name="forget",
+        progress=False,
+    )
+    kept = {key: found.settings[key] for key in ("classes",) if key in found.settings}
+    return {"sums": found.sums, "count": found.count, "ids": found.samples.tolist(), **kept}
+
+
+def check(estimator: Estimator) -> Callable[[int], dict[str, Any]]:
+    """The estimator as a check of every rank."""
+    return lambda rank: measured(estimator)
+
+
+CHECKS = {name: check(estimator) for name, estimator in ESTIMATORS.items()}
+
+if __name__ == "__main__":
+    run_all(CHECKS, Path(sys.argv[1]))

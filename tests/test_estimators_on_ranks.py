@@ -1,0 +1,50 @@
+"""The estimators of every method on two real processes: what one process finds, or an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import distributed_estimators as worker
+from test_distributed import HERE, each, launch, worst
+
+Results = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank measured with every estimator; one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(str(HERE / "distributed_estimators.py"), str(folder))
+    return _read(folder)
+
+
+def _read(folder: Path) -> Results:
+    # Written by the test itself a moment ago.
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", [n for n in worker.ESTIMATORS if n not in worker.REFUSED])
+def test_two_processes_measure_what_one_does(results: Results, name: str) -> None:
+    """Fails if a rank's samples are lost, counted twice or averaged, or the ranks differ."""
+    alone = worker.measured(worker.ESTIMATORS[name])
+    for found in each(results, name):
+        assert found["sums"].keys() == alone["sums"].keys()
+        assert worst(found["sums"], alone["sums"]) < 1e-9
+        assert found["count"] == alone["count"] == 13
+        assert found["ids"] == alone["ids"]
+        assert found.get("classes") == alone.get("classes")
+    assert any(sums.abs().max() > 0 for sums in alone["sums"].values())
+    first, second = each(results, name)
+    assert all(torch.equal(first["sums"][key], second["sums"][key]) for key in first["sums"])
+
+
+@pytest.mark.parametrize("name", worker.REFUSED)
+def test_what_depends_on_batches_is_refused(results: Results, name: str) -> None:
+    """Fails if samples fall into other batches on two ranks than on one, in silence."""
+    for one in results:
+        assert name in one[name]["error"]
+        assert "launch one process" in one[name]["error"]
