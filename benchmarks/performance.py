@@ -55,7 +55,7 @@ def requests(told: Any) -> str:
     head = ["request", "samples", "seconds", "of the first", "ms a sample"]
     head += [f"entries that differ, gamma {gamma}" for gamma in ("1.1", "2")]
     first = told["first"]
-    rows = [[first["request"], first["forget"], f"{first['seconds']:.0f}", "1", "", "", ""]]
+    rows = [[first["request"], told["images"], f"{first['seconds']:.0f}", "1", "", "", ""]]
     for row in told["later"]:
         differing = [f"{g['differing']} of {g['selected']}" for g in row["gamma"].values()]
         cost = [f"{row['seconds']:.1f}", f"{row['of_first']:.3f}", f"{row['ms_per_sample']:.1f}"]
