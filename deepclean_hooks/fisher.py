@@ -52,7 +52,9 @@ class FisherDiagonal(Measurement):
     file_format = "deepclean-hooks fisher diagonal 1"
 
     def _difference(self, one: Tensor, other: Tensor) -> Tensor:
-        return (one - other).clamp_min_(0)
+        difference = one - other
+        shards.local(difference).clamp_min_(0)  # torch 2.7 has no clamp of sharded tensors
+        return difference
 
 
 def fisher_diagonal(

@@ -321,7 +321,7 @@ def fsdp2(rank: int) -> dict[str, Any]:
     run.guard()
     train(model, rank)
     run.finish()
-    return {**outcome(model, then, run), "after": run.report.scores["after"]}
+    return {**outcome(model, then, run), "after": run.report.scores["after"]["sets"]}
 
 
 def resumed_fsdp2(rank: int) -> dict[str, Any]:

@@ -150,7 +150,7 @@ def test_sharded_and_resumed(results: Results) -> None:
 def test_sharded_scores(results: Results) -> None:
     """Fails if a sharded model is not scored, or a sample that fills up a batch is counted."""
     for found in each(results, "fsdp2"):
-        assert [found["after"]["sets"][name]["count"] for name in ("forget", "retain")] == [13, 37]
+        assert [found["after"][name]["count"] for name in ("forget", "retain")] == [13, 37]
 
 
 def test_recipe_in_two_processes(results: Results) -> None:

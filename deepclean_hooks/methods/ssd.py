@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepclean_hooks import shards
 from deepclean_hooks.batch_mean import BatchMean, OutputMagnitude
 from deepclean_hooks.estimators import Estimator, PerSampleFisher
 from deepclean_hooks.measurement import Measurement
@@ -94,7 +95,8 @@ class SSD(Method):
         own, whole = forget.mean(), self._whole(forget, retain).mean()
         values = {}
         for name in selection.masks:
-            factor = ((whole[name] * self.dampening) / own[name]).pow(self.exponent).clamp_max(1)
+            factor = ((whole[name] * self.dampening) / own[name]).pow(self.exponent)
+            shards.local(factor).clamp_max_(1)  # torch 2.7 has no clamp of sharded tensors
             # In the weight's precision, as published; NaN (0 / 0) is in entries that are not read.
             values[name] = weights[name] * factor.to(weights[name].dtype)
         return values
