@@ -38,6 +38,7 @@ from deepclean_hooks.methods import ASSD, SSD, ClassProjection, FineTune
 from deepclean_hooks.methods.class_projection import search
 from deepclean_hooks.report import versions
 from deepclean_hooks.samples import samples_of
+from deepclean_hooks.whole import written_whole
 from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,9 +297,8 @@ def cells(options: argparse.Namespace) -> list[tuple[str, int | None, int]]:
 
 
 def write(output: Path, told: dict[str, Any]) -> None:
-    part = output.with_suffix(".part")
-    part.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    part.replace(output)
+    with written_whole(output) as temporary:
+        Path(temporary).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def setting(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,6 @@ python benchmarks/exactness.py [--json benchmarks/results/exactness.json]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -15,8 +14,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from deepclean_hooks import fisher_diagonal
-from deepclean_hooks.report import versions
-from machine import machine
+from result_file import write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -53,8 +51,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        told = {"machine": machine(), "versions": versions(), "samples": SAMPLES, "rows": rows}
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(options.json, samples=SAMPLES, rows=rows)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ from deepclean_hooks import measure
 from deepclean_hooks.losses import cross_entropy
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.loop import squared_gradients
-from deepclean_hooks.report import versions
-from machine import machine
 from peers import compared
+from result_file import write
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -189,9 +188,7 @@ def peers(options: argparse.Namespace) -> None:
         rows.append(beside_peers(name, options.samples))
         print(json.dumps(rows[-1]), flush=True)
         if options.json:
-            told = {"machine": machine(), "versions": versions(), "clock": clock.__name__}
-            told["rows"] = rows
-            options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            write(options.json, clock=clock.__name__, rows=rows)
 
 
 def main() -> None:
@@ -223,16 +220,14 @@ def main() -> None:
     mean = statistics.geometric_mean(r["ratio"] for r in rows)
     print(f"geometric mean {mean:.3f}")
     if options.json:
-        told = {
-            "machine": machine(),
-            "versions": versions(),
-            "batches": options.batches,
-            "repeats": options.repeats,
-            "clock": clock.__name__,
-            "geometric_mean": mean,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(
+            options.json,
+            batches=options.batches,
+            repeats=options.repeats,
+            clock=clock.__name__,
+            geometric_mean=mean,
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -29,8 +29,7 @@ from torch.utils.data import TensorDataset
 import fisher
 from deepclean_hooks import measure
 from deepclean_hooks.persample.engine import SquaredGradients
-from deepclean_hooks.report import versions
-from machine import machine
+from result_file import write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -153,15 +152,15 @@ def main() -> None:
     if options.cpu_time:  # of no use where several threads or processes share the work
         fisher.clock = time.process_time
     known = options.json is not None and options.json.exists()
-    told = json.loads(options.json.read_text(encoding="utf-8")) if known else {}
-    told.update(machine=machine(), versions=versions())
+    stored = json.loads(options.json.read_text(encoding="utf-8")) if known else {}
+    told = {key: stored[key] for key in ("clocks", *KINDS) if key in stored}
     told.setdefault("clocks", {})
     for kind in options.only:
         told[kind] = KINDS[kind]()
         told["clocks"][kind] = "perf_counter" if kind == "processes" else fisher.clock.__name__
         print(kind, *(json.dumps(row) for row in told[kind]), sep="\n  ", flush=True)
         if options.json:
-            options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            write(options.json, **told)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepclean_hooks.guard import Guard
-from deepclean_hooks.report import versions
 from fisher import resnet18, timm_model
-from machine import machine
+from result_file import write
 
 FREE = 0.1
 COMPACT = (0.01, 0.05, 0.1, 0.2)
@@ -119,8 +117,7 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        told = {"machine": machine(), "versions": versions(), "rows": rows}
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(options.json, rows=rows)
 
 
 if __name__ == "__main__":

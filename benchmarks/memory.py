@@ -13,7 +13,6 @@ given beside the rest.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -25,9 +24,8 @@ import torch
 
 from deepclean_hooks import measure
 from deepclean_hooks.persample.engine import SquaredGradients
-from deepclean_hooks.report import versions
 from fisher import MODELS, exact, plain
-from machine import machine
+from result_file import write
 
 MIB = 2**20
 
@@ -111,8 +109,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        told = {"machine": machine(), "versions": versions(), "rows": rows}
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(options.json, rows=rows)
 
 
 if __name__ == "__main__":

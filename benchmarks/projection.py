@@ -12,7 +12,6 @@ same batch stands beside the whole.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,9 +24,8 @@ from torch import Tensor, nn
 from deepclean_hooks import measure
 from deepclean_hooks.gram import Grams, LayerInputs
 from deepclean_hooks.methods import ClassProjection
-from deepclean_hooks.report import versions
 from fisher import resnet18, timm_model
-from machine import machine
+from result_file import write
 
 MIB = 2**20
 # name: (how to build it, image size, batch size)
@@ -146,8 +144,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        told = {"machine": machine(), "versions": versions(), "rows": rows}
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(options.json, rows=rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ D_r measured anew, at gamma 1.1 and 2. Seconds are processor seconds of the sess
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,8 +27,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import deepclean_hooks as deepclean
 from deepclean_hooks.fisher import fisher_diagonal
 from deepclean_hooks.methods import DeepClean
-from deepclean_hooks.report import versions
-from machine import machine
+from result_file import write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -128,16 +126,14 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     if options.json:
-        told = {
-            "machine": machine(),
-            "versions": versions(),
-            "images": len(everyone),
-            "batch": BATCH,
-            "repeats": options.repeats,
-            "first": first,
-            "later": rows,
-        }
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(
+            options.json,
+            images=len(everyone),
+            batch=BATCH,
+            repeats=options.repeats,
+            first=first,
+            later=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
 from deepclean_hooks import fisher_diagonal
-from deepclean_hooks.report import versions
-from machine import machine
 from memory import MIB, peak, resident
+from result_file import write
 
 WIDTH, DEPTH, CLASSES, SAMPLES, BATCH = 2048, 24, 10, 32, 16
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,8 +139,7 @@ def main() -> None:
         allocator = "glibc, blocks of 256 KiB and more given back when freed"
         sizes = {"width": WIDTH, "depth": DEPTH, "samples": SAMPLES, "batch_size": BATCH}
         settings = {"allocator": allocator, **sizes}
-        told = {"machine": machine(), "versions": versions(), "settings": settings, "rows": rows}
-        options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write(options.json, settings=settings, rows=rows)
 
 
 if __name__ == "__main__":

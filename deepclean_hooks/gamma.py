@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from deepclean_hooks import losses, overlap, shards, trial
 from deepclean_hooks.evaluate import evaluate
-from deepclean_hooks.fisher import fisher_diagonal
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.samples import Data, Samples, samples_of
 from deepclean_hooks.trial import FineTune
@@ -122,10 +122,7 @@ def gamma_sweep(
     test data: leave it out and read the figures of forget and retain.
     """
     base = method or DeepClean()
-    # Building them all first: a bad gamma is refused before anything is measured.
-    methods = [dataclasses.replace(base, gamma=g, held_out=None) for g in sorted(set(gammas))]
-    if not methods:
-        raise ValueError("gammas is empty; give at least one")
+    methods = grid(base, gammas)
     shards.refuse_sharded(unwrap(model), "gamma_sweep")
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     sets = {
@@ -134,17 +131,9 @@ def gamma_sweep(
         if data is not None
     }
     overlap.refuse_shared_indices(sets)
-    measured = [
-        fisher_diagonal(
-            model,
-            sets[name],
-            loss_fn=loss_fn or losses.cross_entropy,
-            parameters=base.may_select,
-            name=name,
-            progress=progress,
-        )
-        for name in ("forget", "retain")
-    ]
+    measured = diagonals(
+        model, base, sets, loss_fn=loss_fn or losses.cross_entropy, progress=progress
+    )
     tried = _Trial(unwrap(model), sets, scores, fine_tune, norm_statistics, progress)
     points = []
     for one in methods:
@@ -157,6 +146,32 @@ def gamma_sweep(
         sum(p.numel() for p in require_trainable(unwrap(model)).values()),
         tried.figures(unwrap(model)),
     )
+
+
+def grid(base: DeepClean, gammas: Sequence[float] = GAMMAS) -> list[DeepClean]:
+    """The method with each gamma, in rising order; raises ValueError for a bad or no gamma."""
+    methods = [dataclasses.replace(base, gamma=g, held_out=None) for g in sorted(set(gammas))]
+    if not methods:
+        raise ValueError("gammas is empty; give at least one")
+    return methods
+
+
+def diagonals(
+    model: nn.Module,
+    method: DeepClean,
+    sets: Mapping[str, Samples],
+    *,
+    loss_fn: LossFn,
+    progress: bool,
+) -> tuple[Measurement, Measurement]:
+    """(I_Df, I_Dr) of the sets `forget` and `retain`, measured as a session does."""
+    how: dict[str, Any] = {
+        "loss_fn": loss_fn,
+        "parameters": method.may_select,
+        "progress": progress,
+    }
+    forget = method.measured_by(model, sets["forget"], name="forget", **how)
+    return forget, method.retain_measured_by(model, sets["retain"], name="retain", **how)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from deepclean_hooks import batches, losses, measure, overlap, ranks, shards, trial
 from deepclean_hooks.batches import Batch
-from deepclean_hooks.fisher import fisher_diagonal
-from deepclean_hooks.gamma import GAMMAS
+from deepclean_hooks.gamma import GAMMAS, diagonals, grid
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
@@ -186,33 +185,16 @@ def choose_gamma(
     require_whole(model)
     methods = grid(base, gammas)
     trials = Trials(sets["forget"], sets["retain"], sets.get("held_out"))
-    measured = [
-        fisher_diagonal(
-            model,
-            sets[name],
-            loss_fn=loss_fn or losses.cross_entropy,
-            parameters=base.may_select,
-            name=name,
-            progress=progress,
-        )
-        for name in ("forget", "retain")
-    ]
+    measured = diagonals(
+        model, base, sets, loss_fn=loss_fn or losses.cross_entropy, progress=progress
+    )
     return trials.choose(
         model,
         methods,
-        measured[0],
-        measured[1],
+        *measured,
         loss_fn=loss_fn or losses.cross_entropy,
         norm_statistics=norm_statistics,
     )
-
-
-def grid(base: DeepClean, gammas: Sequence[float] = GAMMAS) -> list[DeepClean]:
-    """The method with each gamma, in rising order; raises ValueError for a bad or no gamma."""
-    methods = [dataclasses.replace(base, gamma=g, held_out=None) for g in sorted(set(gammas))]
-    if not methods:
-        raise ValueError("gammas is empty; give at least one")
-    return methods
 
 
 def require_whole(model: nn.Module) -> None:

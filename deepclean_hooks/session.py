@@ -29,6 +29,7 @@ from deepclean_hooks import (
 )
 from deepclean_hooks.estimators import PerSampleFisher, shared_samples, together
 from deepclean_hooks.evaluate import Gold, evaluate
+from deepclean_hooks.gamma import grid
 from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
@@ -399,7 +400,7 @@ class Session:
         with self._timed("choose gamma"):
             choice = self._trials.choose(
                 self.model,
-                gamma_auto.grid(self.method),
+                grid(self.method),
                 self._forget,
                 self._retain,
                 loss_fn=self.loss_fn,

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from deepclean_hooks import ranks, sealed
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.guard import NormStatistics
+from deepclean_hooks.integrations.run_output import selection_figures, write_report
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods import DeepClean
@@ -128,8 +129,8 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
         self._loaded = None
         self._run, self._kept = run, (weakref.ref(pl_module), run.state_dict())
         run.guard(*trainer.optimizers)
-        self._write_report(trainer)
-        _log(trainer, _figures(run.report))
+        write_report(self.report, Path(trainer.default_root_dir))
+        _log(trainer, selection_figures(run.report))
         if not run.trains:
             trainer.should_stop = True
 
@@ -158,7 +159,7 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
             report = self._run.finish()
         finally:
             self.close()
-        self._write_report(trainer)
+        write_report(self.report, Path(trainer.default_root_dir))
         _log(trainer, {"deepclean_frozen_entries_moved": report.frozen_entries_moved})
 
     def on_exception(
@@ -201,13 +202,6 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
         like = _train_loader(trainer)
         return DataLoader(data, batch_size=like.batch_size or 1, collate_fn=like.collate_fn)
 
-    def _write_report(self, trainer: Trainer) -> None:
-        if ranks.is_first():
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").write_text(self.report.to_json() + "\n", encoding="utf-8")
-            (folder / "report.txt").write_text(f"{self.report}\n", encoding="utf-8")
-
 
 def _refuse_strategies(trainer: Trainer) -> None:
     name = type(trainer.strategy).__name__
@@ -248,14 +242,6 @@ def _verified(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
             "anew from the original model, without ckpt_path"
         ) from reason
     return run
-
-
-def _figures(report: Report) -> dict[str, float]:
-    found = {
-        "deepclean_selected_fraction": report.selected_fraction,
-        "deepclean_dead_fraction": report.dead_fraction,
-    }
-    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def _log(trainer: Trainer, figures: dict[str, Any]) -> None:

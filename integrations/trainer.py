@@ -30,6 +30,7 @@ from deepclean_hooks import ranks, sealed
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.follow import follow, weakly
 from deepclean_hooks.guard import NormStatistics
+from deepclean_hooks.integrations.run_output import selection_figures, write_report
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods import DeepClean
@@ -135,7 +136,7 @@ class DeepCleanCallback(TrainerCallback):
         self._verified = True
         self._run, self._kept = run, (weakref.ref(model), run.state_dict())
         run.guard(kwargs["optimizer"])
-        self._write_report(args)
+        write_report(self.report, _folder(args))
         trainer.log(_figures(run.report))
         if not run.trains:
             control.should_training_stop = True
@@ -189,7 +190,7 @@ class DeepCleanCallback(TrainerCallback):
             report = self._run.finish()
         finally:
             self.close()
-        self._write_report(args)
+        write_report(self.report, _folder(args))
         # Not trainer.log(): TensorBoard's and other writers have closed by now.
         figures = {
             "deepclean_frozen_entries_moved": report.frozen_entries_moved,
@@ -258,13 +259,6 @@ class DeepCleanCallback(TrainerCallback):
         loader: Data = trainer.get_test_dataloader(data)
         return loader
 
-    def _write_report(self, args: TrainingArguments) -> None:
-        if ranks.is_first():
-            folder = _folder(args)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").write_text(self.report.to_json() + "\n", encoding="utf-8")
-            (folder / "report.txt").write_text(f"{self.report}\n", encoding="utf-8")
-
 
 def _calling_trainer() -> tuple[Trainer, str | None]:
     """The Trainer whose event this is, and the folder it resumes from, read from the call stack.
@@ -326,14 +320,11 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _figures(report: Report) -> dict[str, float]:
     """The numbers of the selection, for the Trainer's log."""
-    found = {
-        "deepclean_selected_fraction": report.selected_fraction,
-        "deepclean_dead_fraction": report.dead_fraction,
-    }
+    found = selection_figures(report)
     before = report.scores.get("before")
     if isinstance(before, dict):
-        found["deepclean_forget_accuracy_before"] = before["sets"]["forget"]["accuracy"]
-    return {name: float(value) for name, value in found.items() if value is not None}
+        found["deepclean_forget_accuracy_before"] = float(before["sets"]["forget"]["accuracy"])
+    return found
 
 
 def _verified(model: nn.Module, folder: Path) -> dict[str, Any]:

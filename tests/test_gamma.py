@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import bits, gamma
+from deepclean_hooks import bits, estimators
 from deepclean_hooks.gamma import gamma_sweep
 from planted import FORGET, RETAIN, TEST, gold, original
 
@@ -51,7 +51,7 @@ def test_data_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(str(options["name"]))
         return deepclean.fisher_diagonal(*args, **options)
 
-    monkeypatch.setattr(gamma, "fisher_diagonal", counted)
+    monkeypatch.setattr(estimators, "fisher_diagonal", counted)
     gamma_sweep(original(), FORGET, RETAIN, gammas=GAMMAS, scores=False)
     assert calls == ["forget", "retain"]
 

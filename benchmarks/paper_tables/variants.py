@@ -14,6 +14,7 @@ from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods import Mask, Selection
 from deepclean_hooks.methods.fine_tune import everything
 from deepclean_hooks.methods.retrain import fresh
+from deepclean_hooks.methods.ssd import ratio
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Quota(DeepClean):
         chosen = sum(int(mask.sum()) for mask in found.masks.values())
         share = chosen / max(1, found.candidates)
         own, kept = forget.mean(), retain.mean()
-        masks = {name: _highest(_ratio(own[name], kept[name]), share) for name in own}
+        masks = {name: _highest(ratio(own[name], kept[name]), share) for name in own}
         criterion = f"I_Df / I_Dr is among the parameter's highest {share:.1%}"
         return Selection(masks, found.candidates, criterion)
 
@@ -129,11 +130,6 @@ class Reselected(DeepClean):
     ) -> dict[str, Tensor]:
         """The weights as they are."""
         return {name: weights[name] for name in selection.masks}
-
-
-def _ratio(own: Tensor, other: Tensor) -> Tensor:
-    """own / other, 0 where both are 0."""
-    return torch.where(own == 0, torch.zeros_like(own), own / other)
 
 
 def _highest(scores: Tensor, share: float) -> Tensor:

@@ -178,7 +178,7 @@ class ASSD(SSD):
         rest = len(retain.samples) - (len(forget.samples) if self.joint else 0)
         share = len(forget.samples) / (len(forget.samples) + rest)
         per_cent = math.log(1 + 100 * share)
-        ratios = torch.cat([_ratio(own[name], whole[name]).flatten() for name in own])
+        ratios = torch.cat([ratio(own[name], whole[name]).flatten() for name in own])
         most = round(ratios.numel() * per_cent / 100)
         if not most:
             return self._selection(forget, retain, math.inf, "nothing: the model is too small")
@@ -190,7 +190,7 @@ class ASSD(SSD):
         )
 
 
-def _ratio(own: Tensor, whole: Tensor) -> Tensor:
+def ratio(own: Tensor, whole: Tensor) -> Tensor:
     """own / whole, 0 where both are 0."""
     return torch.where(own == 0, torch.zeros_like(own), own / whole)
 
