@@ -99,7 +99,7 @@ class Sums:
         step = max(1, PRODUCT_BYTES // (right.shape[1] * right.element_size()))
         for first in range(0, len(flat), step):
             part = Product(left[:, first : first + step], right)
-            flat[first : first + step] += part.value()
+            flat[first : first + step].add_(part.value())
 
     def totals(self) -> dict[str, Tensor]:
         """The sums, flushed, of every parameter; they stay ours until this object is dropped."""
@@ -115,7 +115,7 @@ def add_converted(total: Tensor, addend: Tensor) -> None:
         total.add_(addend)
         return
     for first in range(0, len(one), CONVERTED):
-        one[first : first + CONVERTED] += other[first : first + CONVERTED]
+        one[first : first + CONVERTED].add_(other[first : first + CONVERTED])
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor | None:

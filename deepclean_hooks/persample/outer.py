@@ -104,8 +104,8 @@ def _one_by_one(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """One sample's gradient at a time in one buffer that stays in cache."""
     total = start(into, grad, grad.shape[2], data.shape[2])
     buffer = torch.empty_like(total)
-    for g, x in zip(grad.unbind(0), data.unbind(0), strict=True):
-        add_square(total, g.t(), x, buffer)
+    for g, x in zip(grad.transpose(1, 2).unbind(0), data.unbind(0), strict=True):
+        add_square(total, g, x, buffer)
     return total
 
 

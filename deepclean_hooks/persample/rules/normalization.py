@@ -116,8 +116,8 @@ class LayerNorm(Rule):
             each["bias"] = g.sum(1).view(self.n, *self.shape)
         if "weight" in names:
             mean, rstd = self.statistics
-            x_hat = self._positions((self.saved - mean) * rstd, blocks, size)
-            each["weight"] = (g * x_hat).sum(1).view(self.n, *self.shape)
+            x_hat = self._positions((self.saved - mean).mul_(rstd), blocks, size)
+            each["weight"] = x_hat.mul_(g).sum(1).view(self.n, *self.shape)
         return each
 
     def _positions(self, t: Tensor, blocks: int, size: int) -> Tensor:
