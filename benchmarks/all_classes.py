@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import shlex
 import statistics
@@ -159,10 +160,13 @@ def by_session(
     return run.report
 
 
-def deep_clean(bench: Bench, scenario: Scenario, model: nn.Module, seed: int) -> Any:
-    method, stored = deepclean.DeepClean(gamma=scenario.gamma), bench.fisher()
+def deep_clean(
+    bench: Bench, scenario: Scenario, model: nn.Module, seed: int, most: float | None = None
+) -> Any:
+    """`most`: the share of the entries that may be selected at most."""
+    method = deepclean.DeepClean(gamma=scenario.gamma, max_selected=most)
     return by_session(
-        method, scenario.forget, stored, model, lambda: recipe(bench, scenario, model, seed)
+        method, scenario.forget, bench.fisher(), model, lambda: recipe(bench, scenario, model, seed)
     )
 
 
@@ -225,6 +229,8 @@ def projection_all(bench: Bench, scenario: Scenario, model: nn.Module, seed: int
 METHODS: dict[str, Callable[[Bench, Scenario, nn.Module, int], Any]] = {
     "original": lambda bench, scenario, model, seed: None,
     "deepclean": deep_clean,
+    "deepclean-10%": functools.partial(deep_clean, most=0.1),
+    "deepclean-5%": functools.partial(deep_clean, most=0.05),
     "ssd": ssd,
     "ssd-in-order": ssd_in_order,
     "ssd-exact": ssd_exact,
@@ -250,7 +256,7 @@ def cell(bench: Bench, method: str, label: int | None, seed: int) -> Row:
     """One method's row for one class (None: random samples)."""
     torch.manual_seed(seed)
     scenario, model = bench.scenario(label, seed), copy.deepcopy(bench.original)
-    if method in ("deepclean", "ssd-exact", "assd"):
+    if method.startswith("deepclean") or method in ("ssd-exact", "assd"):
         bench.fisher()
     if method == "projection-all":
         bench.inputs()

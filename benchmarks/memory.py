@@ -5,9 +5,10 @@
 Each is run in a process of its own; what counts is the peak above the process with the model and
 the batches loaded and the libraries warm: both ways have run on two samples before, because
 kernels and caches that stay loaded are 20 to 50 MiB. Freed memory goes back to the system at once
-(a fixed MALLOC_MMAP_THRESHOLD_), because what the allocator happens to keep is up to 60 MiB. The
-probe and the self-check of our first batch are within. The result itself (8 bytes an entry) is
-given beside the rest.
+(a fixed MALLOC_MMAP_THRESHOLD_), because what the allocator happens to keep is up to 60 MiB; what
+is left of that moves the ratio by 3 % from run to run, so the median of several is told. The probe
+and the self-check of our first batch are within. The result itself (8 bytes an entry) is given
+beside the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -71,16 +73,21 @@ def grown(name: str, what: str) -> None:
         print(peak() - before)
 
 
-def measured(name: str, what: str) -> int:
+def measured(name: str, what: str, repeats: int) -> float:
+    """The median over processes of their own, in bytes."""
+    return statistics.median(in_own_process(name, what) for _ in range(repeats))
+
+
+def in_own_process(name: str, what: str) -> int:
     command = [sys.executable, __file__, "--one", name, what]
     returning = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=returning)
     return int(ran.stdout.split()[-1])
 
 
-def row(name: str) -> dict[str, Any]:
+def row(name: str, repeats: int) -> dict[str, Any]:
     entries = sum(p.numel() for p in MODELS[name][0]().parameters())
-    base, ours = measured(name, "plain"), measured(name, "exact")
+    base, ours = (measured(name, what, repeats) for what in ("plain", "exact"))
     return {
         "model": name,
         "entries": entries,
@@ -94,6 +101,7 @@ def row(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "WHAT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -102,7 +110,7 @@ def main() -> None:
         return
     rows = []
     for name in options.models:
-        rows.append(row(name))
+        rows.append(row(name, options.repeats))
         print(
             "{model:24} plain {plain_mib:6.0f} MiB   exact {exact_mib:6.0f} MiB, of which result "
             "{result_mib:6.0f}   ratio beside it {ratio_beside_the_result:.2f}".format(**rows[-1]),

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.deepclean import DeepClean
+from deepclean_hooks.methods.method import Method
 from deepclean_hooks.metrics.outputs import Outputs, collect
 from deepclean_hooks.samples import Data, Samples, samples_of
 from deepclean_hooks.wrappers import unwrap
@@ -195,6 +196,33 @@ def choose_gamma(
         loss_fn=loss_fn or losses.cross_entropy,
         norm_statistics=norm_statistics,
     )
+
+
+def is_open(method: Method) -> TypeGuard[DeepClean]:
+    """Whether the method's gamma is still to be chosen."""
+    return isinstance(method, DeepClean) and method.gamma == "auto"
+
+
+def as_chosen(method: Method, choice: Mapping[str, Any] | None) -> Method:
+    """The method with the gamma that an earlier run chose, if it is open and there is one."""
+    if choice is None or not is_open(method):
+        return method
+    return dataclasses.replace(method, gamma=choice["gamma"], held_out=None)
+
+
+def trials(method: DeepClean, sets: Mapping[str, Samples], **reading: Any) -> Trials:
+    """The trials of a session whose method is open; `reading` is how its held-out data are read.
+
+    Raises ValueError where the retain set is not at hand, or as `Trials` does.
+    """
+    if "retain" not in sets:
+        raise ValueError(
+            'gamma="auto" trains copies of the model on retain samples, and a stored '
+            "measurement has none; pass the retain set, or give gamma a number"
+        )
+    given = method.held_out
+    held_out = None if given is None else samples_of(given, name="held_out", **reading)
+    return Trials(sets["forget"], sets["retain"], held_out)
 
 
 def require_whole(model: nn.Module) -> None:

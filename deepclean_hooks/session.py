@@ -3,7 +3,6 @@ each once."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,6 @@ from deepclean_hooks.gamma import grid
 from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
-from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.norm_statistics import require_choice
 from deepclean_hooks.report import Layer, Report
@@ -342,9 +340,7 @@ class Session:
         one.
         """
         self._expect("new", "load_state_dict")
-        chosen = state["facts"].get("gamma_choice")
-        if chosen and isinstance(self.method, DeepClean) and self.method.gamma == "auto":
-            self.method = dataclasses.replace(self.method, gamma=chosen["gamma"], held_out=None)
+        self.method = gamma_auto.as_chosen(self.method, state["facts"].get("gamma_choice"))
         own = {"name": self.method.name, "settings": repr(self.method.settings())}
         if state["method"] != own:
             raise ValueError(f"the stored run used {state['method']}, this session has {own}")
@@ -372,29 +368,15 @@ class Session:
     # ------------------------------------------------------------------ inside
 
     def _prepare_trials(self) -> None:
-        method = self.method
-        if not isinstance(method, DeepClean) or method.gamma != "auto":
-            return
-        if "retain" not in self._sets:
-            raise ValueError(
-                'gamma="auto" trains copies of the model on retain samples, and a stored '
-                "measurement has none; pass the retain set, or give gamma a number"
-            )
-        gamma_auto.require_whole(self.model)
-        held_out = method.held_out
-        with self._timed("choose gamma"):
-            self._trials = gamma_auto.Trials(
-                self._sets["forget"],
-                self._sets["retain"],
-                None
-                if held_out is None
-                else samples_of(held_out, name="held_out", **self._reading),
-            )
+        if gamma_auto.is_open(self.method):
+            gamma_auto.require_whole(self.model)
+            with self._timed("choose gamma"):
+                self._trials = gamma_auto.trials(self.method, self._sets, **self._reading)
 
     def _choose_gamma(self) -> None:
         if self._trials is None:
             return
-        assert isinstance(self.method, DeepClean)
+        assert gamma_auto.is_open(self.method)
         assert self._forget is not None
         assert self._retain is not None
         with self._timed("choose gamma"):
@@ -421,7 +403,7 @@ class Session:
         estimators = (self.method.measured_by, self.method.retain_measured_by)
         if not self.method.sharded or not all(isinstance(e, PerSampleFisher) for e in estimators):
             shards.refuse_sharded(unwrap(self.model), f"the method {self.method.name}")
-        if isinstance(self.method, DeepClean) and self.method.gamma == "auto":
+        if gamma_auto.is_open(self.method):
             shards.refuse_sharded(unwrap(self.model), 'gamma="auto"')
         shards.require_measurable(unwrap(self.model), ranks.world()[1])
 

@@ -334,18 +334,23 @@ def dead(rank: int) -> dict[str, Any]:
     return {"whole": counts[0], "sharded": counts[1]}
 
 
-def ssd(rank: int) -> dict[str, Any]:
-    """Another method that looks at entries one by one."""
-    found = []
-    for model in (plain.perceptron(), sharded(plain.perceptron(), "layers")):
-        method = deepclean.SSD(alpha=1.1)
-        run = deepclean.Session(model, method, batch_size=4, **plain.OPTIONS)
-        run.measure(plain.FORGET, plain.RETAIN).select()
-        run.reset()
-        found.append({n: plain.full(p) for n, p in model.named_parameters()})
-    one, other = found
-    off = max(float((one[n] - other[n]).abs().max()) for n in one)
-    return {"off": off, "changed": any((one[n] != 0).any() for n in one)}
+def others(rank: int) -> dict[str, Any]:
+    """Other methods that look at entries one by one, and one that counts them on all ranks."""
+    found = {}
+    for method in (deepclean.SSD(alpha=1.1), deepclean.DeepClean(gamma=1.05, max_selected=0.02)):
+        after = []
+        for model in (plain.perceptron(), sharded(plain.perceptron(), "layers")):
+            run = deepclean.Session(model, method, batch_size=4, **plain.OPTIONS)
+            run.measure(plain.FORGET, plain.RETAIN).select()
+            run.reset()
+            after.append({n: plain.full(p) for n, p in model.named_parameters()})
+        one, other = after
+        found[method.name] = {
+            "off": max(float((one[n] - other[n]).abs().max()) for n in one),
+            "selected": run.report.selected_entries,
+            "most": run.report.candidate_entries * (getattr(method, "max_selected", None) or 1),
+        }
+    return found
 
 
 # ---------------------------------------------------------------------------- errors
@@ -457,7 +462,7 @@ CHECKS: dict[str, Callable[[int], Any]] = {
             context_manager,
             resumed_hook,
             stored,
-            ssd,
+            others,
             dead,
             moved_on_one,
             bad_label_on_one,

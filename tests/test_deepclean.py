@@ -58,6 +58,45 @@ def test_gamma_must_be_positive(gamma: object) -> None:
         DeepClean(gamma=gamma)
 
 
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+def test_max_selected_must_be_a_share(share: float) -> None:
+    """Fails if a meaningless cap is taken, or the value is not named."""
+    with pytest.raises(ValueError, match="max_selected must be a share above 0 and at most 1, got"):
+        DeepClean(max_selected=share)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.2])
+def test_max_selected_keeps_the_highest_ratios(share: float) -> None:
+    """Fails if the cap is exceeded, or other entries are kept than those of the largest
+    I_Df / I_Dr, sorted; gamma alone selects more."""
+    torch.manual_seed(0)
+    sums = [torch.rand(40, 50, dtype=torch.float64).exp() for _ in range(2)]
+    forget, retain = (FisherDiagonal({"w": s}, 1, torch.zeros(0), {}) for s in sums)
+    chosen = DeepClean(gamma=1.1, max_selected=share).select(forget, retain)
+    wide = DeepClean(gamma=1.1).select(forget, retain)
+    most = int(share * 2000)
+    assert wide.entries() > most
+    highest = (sums[0] / sums[1]).flatten().topk(most).indices
+    assert sorted(highest.tolist()) == chosen.masks["w"].flatten().nonzero().flatten().tolist()
+    assert f"raised from 1.1 to select at most {share} of them" in chosen.criterion
+
+
+def test_max_selected_that_holds_changes_nothing() -> None:
+    """Fails if a cap that gamma keeps to changes the selection or its criterion."""
+    pair = diagonal([0, 1, 2, 4, 9]), diagonal([0, 1, 1, 1, 1])
+    plain, capped = (DeepClean(max_selected=cap).select(*pair) for cap in (None, 0.4))
+    assert plain.masks["w"].sum() == 2
+    assert torch.equal(plain.masks["w"], capped.masks["w"])
+    assert plain.criterion == capped.criterion
+
+
+def test_max_selected_names_entries_that_no_gamma_leaves() -> None:
+    """Fails if entries without any information on the retain set exceed the cap unnoticed, or the
+    search does not end."""
+    with pytest.raises(ValueError, match="more than 1 entries have no Fisher information on the"):
+        DeepClean(max_selected=0.5).select(diagonal([1, 2, 1]), diagonal([0, 0, 1]))
+
+
 def selectable(method: DeepClean) -> set[str]:
     """Which parameters of a ResNet-18 the method measures."""
     model = CASES["torchvision resnet18"].model()

@@ -151,11 +151,12 @@ def test_dead_entries(results: Results) -> None:
     assert sum(count or 0 for count in one["whole"].values()) > 0
 
 
-def test_other_method(results: Results) -> None:
-    """Fails if SSD dampens otherwise on shards."""
-    for found in each(results, "ssd"):
-        assert found["off"] < 1e-6
-        assert found["changed"]
+@pytest.mark.parametrize("method", ["ssd", "deepclean"])
+def test_other_methods(results: Results, method: str) -> None:
+    """Fails if SSD dampens otherwise on shards, or DeepClean keeps to a cap of each shard's own."""
+    for found in each(results, "others"):
+        assert found[method]["off"] < 1e-6
+        assert 0 < found[method]["selected"] <= found[method]["most"]
 
 
 @pytest.mark.parametrize(

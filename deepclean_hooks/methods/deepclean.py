@@ -7,6 +7,7 @@ Privacy Sensitive Weights using the Fisher Diagonal".
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,11 @@ class DeepClean(Method):
     0, gamma 2; 0 % without). `parameters`: which parameters may be selected, a name pattern as in a
     shell (`"layer4.*"`), several, or a predicate of (name, parameter); all by default.
 
+    `max_selected`: at most this share of the entries that may be selected, above 0 and at most 1;
+    where gamma takes more, it is raised to the least value that keeps to it, and the report's
+    criterion says to which. One gamma resets 1 % of a network for one class and half of it for
+    another, which no short fine-tune repairs.
+
     gamma="auto" has the session try 1 to 10 on copies of the model and take the one that comes
     closest to what a retrained model would show; for anything but whole classes that needs
     `held_out`, data of the same kind that are neither training nor test data. See
@@ -49,14 +55,21 @@ class DeepClean(Method):
     gamma: float | Literal["auto"] = 2.0
     one_dimensional: bool = False
     parameters: Parameters | None = None
+    max_selected: float | None = None
     held_out: Data | None = field(default=None, repr=False, compare=False)
     name = "deepclean"
     knob = "gamma"
     sharded = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless gamma is a positive number or "auto"."""
-        gamma = self.gamma
+        """Raises ValueError unless gamma is a positive number or "auto", and max_selected a
+        share."""
+        gamma, share = self.gamma, self.max_selected
+        if share is not None and not 0 < share <= 1:
+            raise ValueError(
+                f"max_selected must be a share above 0 and at most 1, got {share!r}; 0.1 is a "
+                "tenth of the entries that may be selected"
+            )
         if gamma == "auto":
             return
         number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
@@ -99,8 +112,15 @@ class DeepClean(Method):
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The entries with I_Df > gamma * I_Dr that are not mere rounding noise on the forget
         side."""
-        above = exceeds(forget, retain, self.number)
-        return above_noise(above, forget, f"I_Df > {self.number:g} * I_Dr")
+        found = _selected(forget, retain, self.number)
+        if self.max_selected is None:
+            return found
+        most = math.floor(self.max_selected * found.candidates)
+        if found.entries() <= most:
+            return found
+        raised = _selected(forget, retain, _least_gamma(forget, retain, self.number, most))
+        why = f"raised from {self.number:g} to select at most {self.max_selected:.3g} of them"
+        return dataclasses.replace(raised, criterion=f"{raised.criterion}, {why}")
 
     def new_values(
         self,
@@ -115,6 +135,38 @@ class DeepClean(Method):
     def free(self, selection: Selection) -> Mask:
         """W_f itself."""
         return selection.masks
+
+
+def _selected(forget: Measurement, retain: Measurement, gamma: float) -> Selection:
+    return above_noise(exceeds(forget, retain, gamma), forget, f"I_Df > {gamma:g} * I_Dr")
+
+
+def _least_gamma(forget: Measurement, retain: Measurement, gamma: float, most: int) -> float:
+    """The least gamma, to 1 part in a million, that selects at most so many entries.
+
+    By halving, because every rank of a sharded model can count its own entries. Raises ValueError
+    if even an unbounded gamma selects more: entries that the retain set does not use at all.
+    """
+
+    noise = rounding_noise(forget)
+
+    def fits(tried: float) -> bool:
+        above = exceeds(forget, retain, tried)
+        return sum(shards.total(mask & ~noise[name]) for name, mask in above.items()) <= most
+
+    low, growth = gamma, 2.0
+    while not fits(gamma * growth):
+        low, growth = gamma * growth, growth * growth  # 2, 4, 16, 256, ...
+        if not math.isfinite(gamma * growth):
+            raise ValueError(
+                f"more than {most} entries have no Fisher information on the retain set, and every "
+                "gamma selects these; raise max_selected, or measure more retain samples"
+            )
+    high = gamma * growth
+    while high > low * (1 + 1e-6):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 def exceeds(one: Measurement, other: Measurement, factor: float) -> Mask:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from deepclean_hooks import shards
 from deepclean_hooks.estimators import Estimator, PerSampleFisher
 from deepclean_hooks.losses import LossFn
 from deepclean_hooks.measurement import Measurement
@@ -33,6 +34,10 @@ class Selection:
     criterion: str
     held_back: int = 0
     held_back_by_layer: dict[str, int] = field(default_factory=dict)
+
+    def entries(self) -> int:
+        """How many were picked; of a sharded model on all ranks together, which all call this."""
+        return sum(shards.total(mask) for mask in self.masks.values())
 
 
 class Method(ABC):
