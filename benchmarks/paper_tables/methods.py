@@ -147,6 +147,9 @@ def _at_gamma(gamma: float) -> Contender:
 
 
 ABLATIONS: dict[str, Contender] = {
+    "deepclean-10%": Contender(
+        lambda case: DeepClean(gamma=_gamma(case), max_selected=0.1), stored=True
+    ),
     "deepclean-lr-3e-3": Contender(
         lambda case: DeepClean(gamma=_gamma(case)), Optimizer(lr=3e-3), stored=True
     ),
