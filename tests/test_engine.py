@@ -11,7 +11,9 @@ from torch.utils.data import TensorDataset
 
 from cases import CASES, Tied
 from deepclean_hooks import fisher_diagonal, measure
+from deepclean_hooks.persample import accumulate
 from deepclean_hooks.persample.engine import SquaredGradients
+from deepclean_hooks.persample.rules.convolution import SMALL_MAP
 from deepclean_hooks.persample.rules.linear import Linear
 from reference import relative_error, squared_gradients
 
@@ -72,6 +74,44 @@ def test_memory_budget_bounds_per_sample_gradients() -> None:
         engine._add = original
     gc.collect()
     assert sizes == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "padding"),
+    [
+        (3, 1, 1, 1),
+        (3, 2, 1, 1),
+        ((3, 5), (3, 2), (2, 1), (1, 2)),
+        ((1, 3), 1, 1, (0, 1)),
+        (5, 2, 2, 4),
+        (2, 3, 1, 0),
+        (4, 2, 1, 0),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_windows_of_every_geometry(
+    kernel: object,
+    stride: object,
+    dilation: object,
+    padding: object,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails if the windows of a convolution are cut in the wrong place, with rows left over or
+    rows missing, or if a second batch is added otherwise than the first lies in memory, which is
+    that of a large parameter in float32. (A wrong rule would be caught by the self-check and go to
+    the loop.)"""
+    monkeypatch.setattr(accumulate, "SCRATCH_FROM", 1)
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 5, kernel, stride, padding, dilation)
+    model = nn.Sequential(convolution, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = model.to(dtype).eval()
+    x, y = torch.randn(7, 3, 19, 17, dtype=dtype), torch.arange(7) % 5
+    assert model[0](x)[0, 0].numel() > SMALL_MAP
+    found = fisher_diagonal(model, TensorDataset(x, y), batch_size=4)
+    assert not found.settings["one_sample_loop"]
+    truth = squared_gradients(copy.deepcopy(model).double(), x.double(), y)
+    assert relative_error(found.sums, truth) <= (1e-12 if dtype == torch.float64 else 1e-5)
 
 
 def test_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

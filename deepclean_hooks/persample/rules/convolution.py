@@ -2,9 +2,9 @@
 gradient.
 
 N: samples, R: maps of a sample (1 unless the batch was folded), O and I: output and input channels,
-P: output positions, K: kernel positions. Dense two-dimensional convolutions become products by
-im2col in channels-last order; which way is fastest depends on P only. Ratios are to the ordinary
-weight gradient, one thread, float32.
+P: output positions, K: kernel positions (kh, kw), W': output columns. Dense two-dimensional
+convolutions become products with windows of the input in channels-last order; which way is fastest
+depends on P only. Ratios are to the ordinary weight gradient, one thread, float32.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
 from deepclean_hooks.persample.layout import Layout, Unserved
-from deepclean_hooks.persample.outer import Product, add_square, squared_outer, start, viewed
+from deepclean_hooks.persample.outer import Product, squared_outer, start, viewed
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 
-# Positions from which the library's own weight gradient, a sample at a time, wins: 1.09 to 1.12.
-LARGE_MAP = 512
-SMALL_MAP = 16  # positions up to which result tiles kept in cache win: 1.2 to 1.5 at 4 x 4
-# Entries that a window has in a row, below which copying windows is slower than the library's own.
-# A patch embedding of 16 x 16 x 3 has 48: 1.2 against 2.6.
-SHORT_RUN = 24
+# Positions from which the library's own weight gradient, a sample at a time, wins: 0.8 to 1.2 at 56
+# x 56. Below, a single sample is often too little for it: 2.3 to 2.9 for 16 maps of 32 x 32.
+LARGE_MAP = 2048
+SMALL_MAP = 16  # positions up to which result tiles kept in cache win: 1.2 to 1.6 at 4 x 4
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,9 @@ class Convolution(Rule):
             return self._pointwise(grad, into)
         if positions <= SMALL_MAP:
             return self._unfolded(grad, positions, into)
-        run = self.weight.shape[1] * self.weight.shape[3]
-        if positions >= LARGE_MAP or run < SHORT_RUN or grad.device.type != "cpu":
+        if positions >= LARGE_MAP or grad.device.type != "cpu":
             return self._summed(grad, into)
-        return self._unfolded_each(grad, positions, into)  # 1.2 to 1.65; F.unfold, bmm: 1.8 to 9.5
+        return self._by_kernel_rows(grad, positions, into)  # 0.7 to 1.9; F.unfold, bmm: 1.8 to 9.5
 
     def _pointwise(self, grad: Tensor, into: Tensor | None) -> Tensor | Product:
         """A 1 x 1 kernel is a linear layer over the positions."""
@@ -117,17 +114,44 @@ class Convolution(Rule):
         squares = squared_outer(g, data, self._channels_last(into))
         return self._channels_first(squares.value() if isinstance(squares, Product) else squares)
 
-    def _unfolded_each(self, grad: Tensor, positions: int, into: Tensor | None) -> Tensor:
-        windows = self._im2col()  # (N, *positions, *kernel, I), a view
-        copied = windows.new_empty(windows.shape[1:])
-        flat = copied.view(positions, -1)  # (P, K I)
+    def _by_kernel_rows(self, grad: Tensor, positions: int, into: Tensor | None) -> Tensor:
+        """One product for each kernel row: its windows are a piece of what is copied once for all
+        rows, so that kernel-width times the input is copied and not kernel-area times."""
+        (outputs, inputs, kh, kw), height = self.weight.shape, grad.shape[2]
+        stride, dilation = self.geometry.stride[0], self.geometry.dilation[0]
+        rows = self._rows(height)  # (N, sh, Q, W', kw, I), a view
+        copied = rows.new_empty(rows.shape[1:])
+        starts = [divmod(row * dilation, stride) for row in range(kh)]
+        windows = [
+            copied[phase, first : first + height].view(positions, kw * inputs)
+            for first, phase in starts
+        ]
         maps = grad.flatten(2)  # (N, O, P)
-        total = start(self._channels_last(into), flat, maps.shape[1], flat.shape[1])
+        own = None if into is None else viewed(into.permute(2, 0, 3, 1), kh, outputs, kw * inputs)
+        total = start(own, copied, kh, outputs, kw * inputs)
         buffer = torch.empty_like(total)
-        for g, window in zip(maps.unbind(0), windows.unbind(0), strict=True):
-            copied.copy_(window)
-            add_square(total, g, flat, buffer)
-        return self._channels_first(total)
+        products = list(zip(windows, buffer.unbind(0), strict=True))
+        for g, row in zip(maps.unbind(0), rows.unbind(0), strict=True):
+            copied.copy_(row)
+            for window, product in products:
+                torch.mm(g, window, out=product)
+            total.addcmul_(buffer, buffer)
+        return total.view(kh, outputs, kw, inputs).permute(1, 3, 0, 2)
+
+    def _rows(self, height: int) -> Tensor:
+        """The window of a kernel row at each output column, for each row of the padded input that
+        the kernel meets: (N, sh, Q, W', kw, I), a strided view, where row r is [r % sh, r // sh].
+        """
+        x, geometry = self.saved, self.geometry
+        (kh, kw), (ph, pw) = self.weight.shape[2:], geometry.padding
+        (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
+        quotients = height + (kh - 1) * dh // sh
+        below = max(ph, sh * quotients - x.shape[2] - ph)
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, below)).contiguous()  # (N, H, W, I)
+        columns = (x.shape[2] - dw * (kw - 1) - 1) // sw + 1
+        a, b, c, _ = x.stride()
+        shape = (x.shape[0], sh, quotients, columns, kw, x.shape[3])
+        return x.as_strided(shape, (a, b, b * sh, c * sw, c * dw, 1))
 
     @staticmethod
     def _channels_last(total: Tensor | None) -> Tensor | None:
