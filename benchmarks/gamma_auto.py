@@ -171,7 +171,7 @@ def main() -> None:
                 continue
             cells.append(cell(given, scenario, seed))
             told = {
-                "command": COMMAND,
+                "command": " ".join([COMMAND, *(f"--{k} {v}" for k, v in setting.items())]),
                 "setting": setting,
                 "machine": machine(),
                 "versions": versions(),
