@@ -317,7 +317,7 @@ def verdict(tried: Sequence[GammaTrial], original: Behaviour) -> tuple[int, str]
         best = max(range(len(tried)), key=lambda i: tried[i].behaviour.retain_accuracy)
         return best, (
             f"every gamma of the grid cost more than {BUDGET:g} points of retain accuracy; this "
-            "one the least"
+            "one the least: set an upper limit, DeepClean(..., max_selected=0.05), or train longer"
         )
     best = min(affordable, key=lambda i: (tried[i].distance, -tried[i].gamma))
     told = "the closest to what is expected of a retrained model"
