@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 from cifar10 import ResNet  # noqa: E402  # found by the line above
 
 Row = dict[str, Any]
-SAMPLES = 512  # of the set that the processes share
+SAMPLES = 2048  # of the set that the processes share
 
 
 def ratio(model: nn.Module, size: int, batch: int, repeats: int = 3) -> Row:
