@@ -116,8 +116,8 @@ def main() -> None:
                 "state {state_mib:5.1f} MiB".format(**rows[-1]),
                 flush=True,
             )
-    if options.json:
-        write(options.json, rows=rows)
+            if options.json:
+                write(options.json, rows=rows)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,26 @@ def growth(told: Any) -> str:
     return text
 
 
+def guard(told: Any) -> str:
+    head = ["model", "batch", "optimizer", "free", "by", "plain step, ms", "held step", "range"]
+    head.append("optimizer state, MiB")
+    rows = []
+    for row in told["rows"]:
+        way = "`run.compact()`" if row["compact"] else "guard"
+        setting = [row["model"], row["batch"], row["optimizer"], f"{row['free_fraction']:.0%}", way]
+        span = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
+        cost = [f"{row['plain_ms']:.0f}", f"{row['ratio']:.2f}", span, f"{row['state_mib']:.1f}"]
+        rows.append([*setting, *cost])
+    return table(head, rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fisher": ("fisher_cpu.json", fisher),
     "memory": ("memory_cpu.json", memory),
     "requests": ("requests_cpu.json", requests),
     "peers": ("fisher_peers_cpu.json", peers),
     "growth": ("growth_cpu.json", growth),
+    "guard": ("guard_cpu.json", guard),
 }
 
 
