@@ -230,7 +230,6 @@ METHODS: dict[str, Callable[[Bench, Scenario, nn.Module, int], Any]] = {
     "original": lambda bench, scenario, model, seed: None,
     "deepclean": deep_clean,
     "deepclean-10%": functools.partial(deep_clean, most=0.1),
-    "deepclean-5%": functools.partial(deep_clean, most=0.05),
     "ssd": ssd,
     "ssd-in-order": ssd_in_order,
     "ssd-exact": ssd_exact,

@@ -13,7 +13,6 @@ which is the forget set, and 1/6 test data, as in CIFAR-10.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -25,8 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from deepclean_hooks import evaluate
-from deepclean_hooks.report import versions
-from machine import machine
+from result_file import write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -135,8 +133,6 @@ def main() -> None:
         "evaluate_seconds": statistics.median(ours for _, ours in pairs),
         "ratio": statistics.median(ratios),
         "ratios": [min(ratios), max(ratios)],
-        "machine": machine(),
-        "versions": versions(),
     }
     print(
         f"{name}, {given.images} images: plain {found['plain_seconds']:.2f} s, evaluate "
@@ -144,7 +140,7 @@ def main() -> None:
         f"({min(ratios):.2f} to {max(ratios):.2f})"
     )
     if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write(given.json, **found)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ from torch.utils.data import TensorDataset
 import deepclean_hooks as deepclean
 from deepclean_hooks.gamma import GAMMAS
 from deepclean_hooks.gamma_auto import choose_gamma
-from deepclean_hooks.report import versions
-from machine import machine
+from result_file import write
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -170,16 +169,10 @@ def main() -> None:
             if any((one["scenario"], one["seed"]) == (scenario, seed) for one in cells):
                 continue
             cells.append(cell(given, scenario, seed))
-            told = {
-                "command": " ".join([COMMAND, *(f"--{k} {v}" for k, v in setting.items())]),
-                "setting": setting,
-                "machine": machine(),
-                "versions": versions(),
-                "summary": summary(cells),
-                "cells": cells,
-            }
-            given.output.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            print(json.dumps(told["summary"][scenario], indent=1), flush=True)
+            found = summary(cells)
+            command = " ".join([COMMAND, *(f"--{k} {v}" for k, v in setting.items())])
+            write(given.output, command=command, setting=setting, summary=found, cells=cells)
+            print(json.dumps(found[scenario], indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ import torch
 from torch import nn
 
 import deepclean_hooks as deepclean
+import result_file
 from deepclean_hooks.batch_mean import BatchMean
 from deepclean_hooks.metrics.gold import spreads
 from deepclean_hooks.metrics.pools import klom, margins, ulira
 from deepclean_hooks.metrics.relearn import relearn_steps
-from deepclean_hooks.report import Report, versions
+from deepclean_hooks.report import Report
 from deepclean_hooks.whole import written_whole
-from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
@@ -309,8 +309,6 @@ def write(
         )
         + (f" --test-images {given.test_images}" if given.test_images else ""),
         "setting": {**one.settings(), "fine_tune_epochs": given.fine_tune_epochs},
-        "machine": machine(),
-        "versions": versions(),
         "gold": [brief_of_gold(evaluation) for evaluation in judge.evaluations],
         "methods": {label: by_seed(own) for label, own in rows.items()},
         "pools": found,
@@ -319,7 +317,7 @@ def write(
     }
     given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"cifar10_{name}"
-    path.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    result_file.write(path.with_suffix(".json"), **told)
     path.with_suffix(".html").write_text(page.to_html(compared=shown), encoding="utf-8")
 
 

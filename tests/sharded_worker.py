@@ -348,6 +348,7 @@ def others(rank: int) -> dict[str, Any]:
         found[method.name] = {
             "off": max(float((one[n] - other[n]).abs().max()) for n in one),
             "selected": run.report.selected_entries,
+            "criterion": run.report.criterion,
             "most": run.report.candidate_entries * (getattr(method, "max_selected", None) or 1),
         }
     return found

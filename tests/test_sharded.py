@@ -157,6 +157,7 @@ def test_other_methods(results: Results, method: str) -> None:
     for found in each(results, "others"):
         assert found[method]["off"] < 1e-6
         assert 0 < found[method]["selected"] <= found[method]["most"]
+        assert ("raised from" in found[method]["criterion"]) == (method == "deepclean")
 
 
 @pytest.mark.parametrize(

@@ -142,16 +142,21 @@ class Convolution(Rule):
         """The window of a kernel row at each output column, for each row of the padded input that
         the kernel meets: (N, sh, Q, W', kw, I), a strided view, where row r is [r % sh, r // sh].
         """
-        x, geometry = self.saved, self.geometry
-        (kh, kw), (ph, pw) = self.weight.shape[2:], geometry.padding
+        geometry, (kh, kw), above = self.geometry, self.weight.shape[2:], self.geometry.padding[0]
         (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
         quotients = height + (kh - 1) * dh // sh
-        below = max(ph, sh * quotients - x.shape[2] - ph)
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, below)).contiguous()  # (N, H, W, I)
+        below = max(above, sh * quotients - self.saved.shape[2] - above)
+        x = self._padded(below)
         columns = (x.shape[2] - dw * (kw - 1) - 1) // sw + 1
         a, b, c, _ = x.stride()
         shape = (x.shape[0], sh, quotients, columns, kw, x.shape[3])
         return x.as_strided(shape, (a, b, b * sh, c * sw, c * dw, 1))
+
+    def _padded(self, below: int) -> Tensor:
+        """The input in channels-last order with its zeros around it: (N, H, W, I)."""
+        above, side = self.geometry.padding
+        x = self.saved.permute(0, 2, 3, 1)
+        return F.pad(x, (0, 0, side, side, above, below)).contiguous()
 
     @staticmethod
     def _channels_last(total: Tensor | None) -> Tensor | None:
@@ -167,10 +172,9 @@ class Convolution(Rule):
     def _im2col(self) -> Tensor:
         """The windows under the kernel, (N, *positions, *kernel, I), as a strided view of the
         padded input."""
-        x, geometry = self.saved, self.geometry
-        (kh, kw), (ph, pw) = self.weight.shape[2:], geometry.padding
+        geometry, (kh, kw) = self.geometry, self.weight.shape[2:]
         (sh, sw), (dh, dw) = geometry.stride, geometry.dilation
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)).contiguous()  # (N, H, W, I)
+        x = self._padded(geometry.padding[0])
         n, height, width, channels = x.shape
         rows, columns = (
             (height - dh * (kh - 1) - 1) // sh + 1,
