@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from cases import CASES, Tied
 from deepclean_hooks import fisher_diagonal, measure
-from deepclean_hooks.persample import accumulate
+from deepclean_hooks.persample import accumulate, device, outer
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.rules.convolution import SMALL_MAP
 from deepclean_hooks.persample.rules.linear import Linear
@@ -89,12 +89,14 @@ def test_memory_budget_bounds_per_sample_gradients() -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("accelerated", [False, True])
 def test_windows_of_every_geometry(
     kernel: object,
     stride: object,
     dilation: object,
     padding: object,
     dtype: torch.dtype,
+    accelerated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fails if the windows of a convolution are cut in the wrong place, with rows left over or
@@ -102,6 +104,7 @@ def test_windows_of_every_geometry(
     that of a large parameter in float32. (A wrong rule would be caught by the self-check and go to
     the loop.)"""
     monkeypatch.setattr(accumulate, "SCRATCH_FROM", 1)
+    monkeypatch.setattr(device, "is_accelerator", lambda _: accelerated)
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 5, kernel, stride, padding, dilation)
     model = nn.Sequential(convolution, nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -112,6 +115,25 @@ def test_windows_of_every_geometry(
     assert not found.settings["one_sample_loop"]
     truth = squared_gradients(copy.deepcopy(model).double(), x.double(), y)
     assert relative_error(found.sums, truth) <= (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 2**15])
+@pytest.mark.parametrize(
+    "name",
+    ["convolutions", "torchvision resnet18", "timm vit_tiny", "timm convnext_atto", "timm levit"],
+)
+def test_ways_of_an_accelerator(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if what the rules do on a GPU, here done on the CPU, gives another number, or leaves
+    out samples between the pieces that the budget allows."""
+    model, x, y = double(name)
+    truth = squared_gradients(model, x, y)
+    served = []
+    monkeypatch.setattr(device, "is_accelerator", lambda tensor: served.append(tensor) or True)
+    monkeypatch.setattr(outer, "BATCHED_BYTES", budget)
+    found = fisher_diagonal(model, TensorDataset(x, y), batch_size=4)
+    assert served
+    assert relative_error(found.sums, truth) <= 1e-9
+    assert not found.settings["one_sample_loop"]
 
 
 def test_wrong_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

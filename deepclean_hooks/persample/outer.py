@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepclean_hooks.persample import device
+
 PAIRS_BYTES = 60_000_000  # of the products over position pairs, at most
-BATCHED_BYTES = 2**28  # of per-sample gradients held at once on an accelerator
+BATCHED_BYTES = 2**28  # of per-sample gradients, and windows, held at once on an accelerator
 TILE_BYTES = 300_000  # of the result, so that a tile stays in the second-level cache
 
 
@@ -46,7 +48,7 @@ def squared_outer(grad: Tensor, data: Tensor, into: Tensor | None = None) -> Ten
     if positions <= 3 or (positions == 4 and entries > 1 << 17):
         # FLOPs grow by (T + 1) / 2: 1.3 to 1.8 at T = 4, 10 at T = 16
         return _by_pairs(grad, data, into)
-    if grad.device.type != "cpu":
+    if device.is_accelerator(grad):
         return _batched(grad, data, into)
     if entries > 1 << 19:
         return _tiled(grad, data, None if into is None else into.t()).t()
@@ -75,6 +77,17 @@ def add_square(total: Tensor, one: Tensor, other: Tensor, buffer: Tensor) -> Non
     total.addcmul_(buffer, buffer)
 
 
+def at_a_time(like: Tensor, entries: int) -> int:
+    """How many samples of so many entries each the budget of an accelerator holds."""
+    return max(1, BATCHED_BYTES // (entries * like.element_size()))
+
+
+def add_squares(total: Tensor, each: Tensor) -> None:
+    """total += sum over samples of each^2, each (n, *total.shape): a norm reads it once, and a
+    square and a sum would write it again."""
+    total.add_(torch.linalg.vector_norm(each, dim=0).square_())
+
+
 def _by_pairs(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """(sum_t g_t x_t)^2 = sum over t, u of (g_t g_u)(x_t x_u): one product over position pairs."""
     n, positions, outputs = grad.shape
@@ -93,10 +106,9 @@ def _by_pairs(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
 def _batched(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """A batched product, a bounded number of samples at a time: for accelerators."""
     total = start(into, grad, grad.shape[2], data.shape[2])
-    step = max(1, BATCHED_BYTES // (total.numel() * grad.element_size()))
+    step = at_a_time(total, total.numel())
     for first in range(0, len(grad), step):
-        each = grad[first : first + step].transpose(1, 2) @ data[first : first + step]  # (n, O, D)
-        total += each.square_().sum(0)
+        add_squares(total, grad[first : first + step].transpose(1, 2) @ data[first : first + step])
     return total
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepclean_hooks.persample import device
 from deepclean_hooks.persample.call import Call, Handlers
 from deepclean_hooks.persample.layout import Layout, Unserved
 from deepclean_hooks.persample.rule import Carried, FusedRule, Rule
@@ -42,7 +43,7 @@ class BatchNorm(FusedRule):
     def input_gradient(self, grad: Tensor, needed: bool) -> Tensor | None:
         """g w / sqrt(var + eps); the sums of the other two come along."""
         g, x = self.layout.images(grad, self.n), self.layout.images(self.saved, self.n)
-        if g.shape[1] == 1 and g[0, 0, 0].numel() >= FOLDED_MAP and not grad.is_cuda:
+        if g.shape[1] == 1 and g[0, 0, 0].numel() >= FOLDED_MAP and not device.is_accelerator(grad):
             return self._folded(g, x, needed)
         g = g.flatten(3) if g.dim() > 3 else g[..., None]  # (N, R, C, T)
         mean, var, weight, eps = self.statistics
@@ -106,7 +107,7 @@ class LayerNorm(Rule):
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         blocks = self.layout.blocks(self.saved.shape)
-        large = grad[0].numel() >= NATIVE_SAMPLE and not grad.is_cuda
+        large = grad[0].numel() >= NATIVE_SAMPLE and not device.is_accelerator(grad)
         if blocks == 1 and large and "weight" in names:
             return self._native(grad, names)
         size = math.prod(self.shape)
