@@ -66,14 +66,15 @@ class _BatchGradients(Estimator):
         settings = self.described(model, loss_fn, batch_size=self.batch_size)
         everything = require_trainable(unwrap(model))
         wanted = {n: p for n, p in everything.items() if parameters(n, p)}
-        count, ids = 0, []
+        count = 0
+        ids: list[int] = []
         with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
             sums = {n: torch.zeros_like(p, dtype=self.accumulate) for n, p in wanted.items()}
             device = measure.device_of(inner)
             label = f"gradients {name}" if progress else None
+            walked = measure.walk(source, device=device, dtype=dtype, progress=label, ids=ids)
             with ranks.fail_together():
-                for batch in measure.walk(source, device=device, dtype=dtype, progress=label):
-                    ids.extend(batches.sample_ids(batch))
+                for batch in walked:
                     count += self.terms(batch)
                     for key, gradient in _gradients(inner, batch, self.objective(loss_fn), wanted):
                         sums[key] += self.term(gradient)

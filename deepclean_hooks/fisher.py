@@ -153,9 +153,8 @@ class _Pass:
         with contextlib.nullcontext() if self.sharded else ranks.fail_together():
             engine: SquaredGradients = self._engine()
             try:
-                for index, (batch, counted) in self._walk(label):
+                for index, (batch, counted) in self._walk(label, ids):
                     at = index
-                    ids.extend(batches.sample_ids(batch)[:counted])
                     engine.add(batch, counted)
                 engine.require_finite()
             except NonFiniteGradient as reason:
@@ -175,12 +174,15 @@ class _Pass:
             plans=self.plans,
         )
 
-    def _walk(self, label: str | None) -> Iterator[tuple[int, tuple[Batch, int]]]:
+    def _walk(
+        self, label: str | None = None, ids: list[int] | None = None
+    ) -> Iterator[tuple[int, tuple[Batch, int]]]:
         """(Number, (batch, how many of its first samples count))."""
         how: dict[str, Any] = {
             "device": measure.device_of(self.model),
             "dtype": self.dtype,
             "progress": label,
+            "ids": ids,
         }
         if self.sharded:
             return enumerate(measure.walk_together(self.source, **how))
@@ -194,7 +196,7 @@ class _Pass:
 
     def _locate(self, reason: NonFiniteGradient, last: int) -> ValueError:
         """Sums are checked every few batches; walks again to name the batch."""
-        for index, (batch, counted) in self._walk(None):
+        for index, (batch, counted) in self._walk():
             engine = self._engine()
             engine.add(batch, counted)
             try:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deepclean_hooks import batches, measure, ranks
+from deepclean_hooks import measure, ranks
 from deepclean_hooks.batches import Batch
 from deepclean_hooks.estimators import Estimator
 from deepclean_hooks.fisher import Predicate
@@ -109,12 +109,11 @@ class LayerInputs(Estimator):
             grams = Grams(weights, self)
             device = measure.device_of(inner)
             label = f"layer inputs {name}" if progress else None
+            walked = measure.walk(data, device=device, dtype=dtype, progress=label, ids=ids)
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 with torch.no_grad(), ranks.fail_together():
-                    walked = measure.walk(data, device=device, dtype=dtype, progress=label)
                     for batch in walked:
-                        ids.extend(batches.sample_ids(batch))
                         labels = _count_labels(labels, batch)
                         with grams:
                             loss_fn(inner, batch)

@@ -25,12 +25,14 @@ def walk(
     batch_size: int | None = None,
     collate_fn: Any = None,
     progress: str | None = None,
+    ids: list[int] | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of a data set on `device`, every sample once over all ranks.
 
     `dtype`, if given, is what floating-point tensors become; `progress` labels a bar that rank 0
     shows on a terminal. Samples are read in index order: order, shuffle, drop_last and padding of a
-    loader have no effect.
+    loader have no effect. `ids`, if given, is extended by the fingerprints of a batch's samples as
+    they were read; a GPU works on the batch before meanwhile.
     """
     source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
     # disable=None: tqdm shows nothing where standard error is not a terminal.
@@ -38,6 +40,8 @@ def walk(
     for batch in tqdm(
         source.batches(), desc=progress, total=len(source) or None, disable=hidden, leave=False
     ):
+        if ids is not None:
+            ids.extend(batches.sample_ids(batch))
         yield batches.to(batch, torch.device(device), dtype)
 
 
@@ -47,14 +51,15 @@ def walk_together(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     progress: str | None = None,
+    ids: list[int] | None = None,
 ) -> Iterator[tuple[Batch, int]]:
     """As many batches on every rank, of the same size: (batch, how many of its first samples
-    count), for a model whose forward pass is a collective.
+    count), for a model whose forward pass is a collective. `ids`: as for `walk`.
 
     A rank with fewer samples than the others repeats some, one with none left its last batch, and
     these do not count. An error in reading is raised on all ranks.
     """
-    own = walk(source, device=device, dtype=dtype, progress=progress)
+    own = walk(source, device=device, dtype=dtype, progress=progress, ids=ids)
     kept: Batch | None = None
     while True:
         counted = 0

@@ -17,7 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from deepclean_hooks import FisherDiagonal, fisher_diagonal
+from deepclean_hooks import FisherDiagonal, batches, fisher_diagonal
 from reference import relative_error, squared_gradients
 
 
@@ -130,6 +130,17 @@ def test_mapping_batches() -> None:
         relative_error({n.removeprefix("inner."): s for n, s in found.sums.items()}, plain.sums)
         <= 1e-12
     )
+
+
+def test_samples_are_known_as_they_were_read() -> None:
+    """Fails if fingerprints are taken after a batch was converted to the model's precision: whoever
+    looks a sample up has it as the data set gives it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).bfloat16().eval()
+    x, y = torch.randn(5, 3, 2, 2, dtype=torch.float64), torch.arange(5) % 3
+    found = fisher_diagonal(model, TensorDataset(x, y), batch_size=2)
+    assert found.samples.tolist() == sorted(batches.sample_ids((x, y)))
+    assert found.samples.tolist() != sorted(batches.sample_ids((x.float(), y)))
 
 
 def test_parameters_predicate_and_frozen_parameters() -> None:
