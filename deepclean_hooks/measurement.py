@@ -49,12 +49,12 @@ class Measurement:
         return {name: total / self.count for name, total in self.sums.items()}
 
     def __add__(self: M, other: M) -> M:
-        """The measurement of both sets together, made on the same model."""
+        """The measurement of both sets together, made on the same model; on this one's device."""
         self.require_same_origin(other)
         self._require_same_names(other)
         return dataclasses.replace(
             self,
-            sums={name: total + other.sums[name] for name, total in self.sums.items()},
+            sums={n: total + other.sums[n].to(total.device) for n, total in self.sums.items()},
             count=self.count + other.count,
             samples=torch.cat([self.samples, other.samples]).sort().values,
             settings=self._settings_with(other, 1),
@@ -64,7 +64,8 @@ class Measurement:
         )
 
     def __sub__(self: M, other: M) -> M:
-        """The measurement of this set without the other's samples, all of which must be in it."""
+        """The measurement of this set without the other's samples, all of which must be in it; on
+        this one's device."""
         self.require_same_origin(other)
         self._require_same_names(other)
         left = Counter(self.samples.tolist())
@@ -80,7 +81,10 @@ class Measurement:
             )
         return dataclasses.replace(
             self,
-            sums={n: self._difference(total, other.sums[n]) for n, total in self.sums.items()},
+            sums={
+                name: self._difference(total, other.sums[name].to(total.device))
+                for name, total in self.sums.items()
+            },
             count=self.count - other.count,
             samples=torch.tensor(sorted(left.elements()), dtype=torch.int64),
             settings=self._settings_with(other, -1),
@@ -105,11 +109,15 @@ class Measurement:
             )
         return dataclasses.replace(self, sums={name: self.sums[name] for name in names})
 
-    def sharded_like(self: M, parameters: Mapping[str, Tensor]) -> M:
-        """The same measurement, of a sharded parameter only this rank's shard."""
-        return dataclasses.replace(
-            self, sums={n: shards.cut(total, parameters.get(n)) for n, total in self.sums.items()}
-        )
+    def placed_like(self: M, parameters: Mapping[str, Tensor]) -> M:
+        """The same measurement where the parameters are: on their device, and of a sharded one only
+        this rank's shard. A sum that is no parameter's goes to the device of the first one."""
+        first = next(iter(parameters.values()))
+        sums = {
+            name: shards.cut(total.to(parameters.get(name, first).device), parameters.get(name))
+            for name, total in self.sums.items()
+        }
+        return dataclasses.replace(self, sums=sums)
 
     def contains(self, other: Measurement) -> int:
         """How many of the other's samples are among this measurement's, by content."""

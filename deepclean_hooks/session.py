@@ -125,7 +125,7 @@ class Session:
         self._facts["checkpoint_before"] = checkpoint.digests(unwrap(self.model).state_dict())
         if isinstance(retain, Measurement):
             self._require_of_use(retain)
-            retain = retain.sharded_like(self._parameters())
+            retain = retain.placed_like(self._parameters())
         else:
             self._name_sets(retain=retain)
         self._name_sets(forget=forget)

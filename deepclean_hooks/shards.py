@@ -65,11 +65,12 @@ def sharded_as(part: Tensor, like: Tensor) -> Tensor:
 
 
 def cut(full: Tensor, like: Tensor | None) -> Tensor:
-    """This rank's shard of `full` with memory of its own, sharded like `like`; `full` itself if
-    that is not sharded or there is none."""
+    """This rank's shard of `full` with memory of its own, sharded like `like` and on its device;
+    `full` itself if that is not sharded or there is none."""
     if like is None or not is_shard(like) or is_shard(full):
         return full
-    return sharded_as(local_part(full, like).clone(), like)  # a view would keep all of `full`
+    part = local_part(full.to(like.device), like)
+    return sharded_as(part.clone(), like)  # a view would keep all of `full`
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -342,7 +342,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def _trace(model: nn.Module) -> list[object]:
     """Everything about a model that measuring could leave changed."""
-    tensors = [(n, t.numpy().tobytes()) for n, t in _bits(model).items()]
+    tensors = [(n, t.cpu().numpy().tobytes()) for n, t in _bits(model).items()]
     gradients = [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
     flags = [p.requires_grad for p in model.parameters()]
     modes = [module.training for module in model.modules()]

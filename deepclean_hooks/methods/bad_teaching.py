@@ -49,7 +49,6 @@ class BadTeaching(FineTune):
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """With copies of the model as teachers."""
         bad = fresh(model, seed=self.seed, build=self.build)
-        bad = bad.to(next(model.parameters()).device)
         return _Taught(loss_fn, self, frozen(copy.deepcopy(model)), frozen(bad))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from deepclean_hooks import measure
 from deepclean_hooks.estimators import Estimator, SamplesOnly
 from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.fine_tune import everything
@@ -73,8 +74,8 @@ class Retrain(Method):
 def fresh(
     model: nn.Module, *, seed: int, build: Callable[[], nn.Module] | None = None
 ) -> nn.Module:
-    """An untrained network of the same architecture; the model and the random state stay as they
-    are.
+    """An untrained network of the same architecture on the same device; the model and the random
+    state stay as they are.
 
     Raises ValueError, naming all of them, for parameters that no `reset_parameters` resets, and for
     a built network with other parameters.
@@ -99,7 +100,7 @@ def fresh(
             f"build makes a network with other parameters, for instance {differ[:3]}; it must make "
             "the model's own architecture"
         )
-    return anew
+    return anew.to(measure.device_of(model))
 
 
 def _own_reset(module: nn.Module) -> Callable[[], None] | None:
