@@ -3,21 +3,25 @@ same batches.
 
     OMP_NUM_THREADS=1 python benchmarks/fisher.py [--models resnet18 ...] [--json FILE]
     OMP_NUM_THREADS=1 python benchmarks/fisher.py --peers [--json FILE]
+    python benchmarks/fisher.py --device cuda [--tf32] [--peers] [--json FILE]
 
 Both are run in turn in one process on the same batches with the same threads; the ratio is the
 median over repeats, with the smallest and the largest beside it. "first" includes what happens once
 for a model: probing, planning and the self-check against the one-sample loop. `--peers` puts other
 libraries' ways beside ours (see peers.py) on one batch each; `--cpu-time` counts the processor
-seconds of the one thread, for a machine that others use too.
+seconds of the one thread, for a machine that others use too. On a GPU the models are larger, each
+row has the peak of the allocated memory beside the time, and `--tf32` lets both ways round products
+to TF32, which measuring switches off otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +93,72 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "mobilenetv3_small": (timm_model("mobilenetv3_small_100"), 96, 32),
 }
 BESIDE_PEERS = {"plain CNN": (plain_cnn, 32, 32), **MODELS}
-
+ON_GPU = {
+    "resnet18": (resnet18, 32, 512),
+    "resnet50": (torchvision_model("resnet50"), 224, 64),
+    "vit_base": (timm_model("vit_base_patch16_224"), 224, 64),
+    "convnext_tiny": (timm_model("convnext_tiny"), 224, 64),
+}
+MIB = 2**20
 
 clock = time.perf_counter
+device = torch.device("cpu")
+tf32 = False
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Seconds until the device has done the work."""
+    settle()
     start = clock()
     work()
+    settle()
     return clock() - start
+
+
+def settle() -> None:
+    """Waits for the device."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def made(
+    models: dict[str, tuple[Callable[[], nn.Module], int, int]], name: str, count: int, most: int
+) -> tuple[nn.Module, Batches, int]:
+    """A model of a table in eval mode, `count` batches of at most `most` samples, the image size.
+
+    Both on the device.
+    """
+    build, size, batch_size = models[name]
+    torch.manual_seed(0)
+    model = build().eval().to(device)
+    n = min(most, batch_size)
+    batches = [
+        (torch.randn(n, 3, size, size).to(device), torch.randint(0, 10, (n,)).to(device))
+        for _ in range(count)
+    ]
+    return model, batches, size
+
+
+@contextlib.contextmanager
+def as_measured(model: nn.Module) -> Iterator[None]:
+    """As `fisher_diagonal` runs a model, TF32 on all the same if that was asked for."""
+    with measure.no_trace(model):
+        if tf32:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        yield
+
+
+def peak_mib(work: Callable[[], object]) -> float | None:
+    """What the work allocates on a GPU above what is there; None on a CPU, which memory.py
+    measures."""
+    if device.type != "cuda":
+        return None
+    settle()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    settle()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def plain(model: nn.Module, batches: Batches) -> None:
@@ -120,15 +181,10 @@ def one_at_a_time(model: nn.Module, parameters: dict[str, nn.Parameter], batches
 
 
 def row(name: str, count: int, repeats: int, loop: bool) -> dict[str, Any]:
-    build, size, batch_size = MODELS[name]
-    torch.manual_seed(0)
-    model = build().eval()
-    batches = [
-        (torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,)))
-        for _ in range(count)
-    ]
+    models = MODELS if device.type == "cpu" else ON_GPU
+    model, batches, size = made(models, name, count, models[name][2])
     ratios, seconds = [], []
-    with measure.no_trace(model):
+    with as_measured(model):
         parameters = dict(model.named_parameters())
         first = timed(lambda: exact(SquaredGradients(model, parameters), batches))
         engine = SquaredGradients(model, parameters)
@@ -145,7 +201,7 @@ def row(name: str, count: int, repeats: int, loop: bool) -> dict[str, Any]:
         result = {
             "model": name,
             "image": size,
-            "batch": batch_size,
+            "batch": len(batches[0][1]),
             "entries": sum(p.numel() for p in parameters.values()),
             "plain_ms_per_batch": 1000 * base / count,
             "ratio": statistics.median(ratios),
@@ -154,6 +210,11 @@ def row(name: str, count: int, repeats: int, loop: bool) -> dict[str, Any]:
             "ratio_first": first / base,
             "one_sample_loop_parameters": len(engine.notes),
         }
+        if device.type == "cuda":
+            few = batches[:2]
+            result["plain_mib"] = peak_mib(lambda: plain(model, few))
+            result["exact_mib"] = peak_mib(lambda: exact(SquaredGradients(model, parameters), few))
+            result["result_mib"] = 8 * result["entries"] / MIB
         if loop:
             few = batches[:1]
             base_few = timed(lambda: plain(model, few))
@@ -165,12 +226,10 @@ def row(name: str, count: int, repeats: int, loop: bool) -> dict[str, Any]:
 
 def beside_peers(name: str, most: int) -> dict[str, Any]:
     """Our seconds for a batch of at most `most` samples, the plain pass's and the others'."""
-    build, size, batch_size = BESIDE_PEERS[name]
-    torch.manual_seed(0)
-    model = build().eval()
-    n = min(most, batch_size)
-    batch = (torch.randn(n, 3, size, size), torch.randint(0, 10, (n,)))
-    with measure.no_trace(model):
+    models = BESIDE_PEERS if device.type == "cpu" else ON_GPU
+    model, (batch,), _ = made(models, name, 1, most)
+    n = len(batch[1])
+    with as_measured(model):
         engine = SquaredGradients(model, dict(model.named_parameters()))
         engine.plan_for(batch)
         plain(model, [batch])
@@ -184,15 +243,15 @@ def beside_peers(name: str, most: int) -> dict[str, Any]:
 
 def peers(options: argparse.Namespace) -> None:
     rows = []
-    for name in options.models or BESIDE_PEERS:
+    for name in options.models or (BESIDE_PEERS if device.type == "cpu" else ON_GPU):
         rows.append(beside_peers(name, options.samples))
         print(json.dumps(rows[-1]), flush=True)
         if options.json:
-            write(options.json, clock=clock.__name__, rows=rows)
+            write(options.json, clock=clock.__name__, tf32=tf32, rows=rows)
 
 
 def main() -> None:
-    global clock
+    global clock, device, tf32
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--batches", type=int, default=16)
@@ -201,15 +260,18 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="other libraries, one batch each")
     parser.add_argument("--samples", type=int, default=8, help="of the batch that peers are given")
     parser.add_argument("--cpu-time", action="store_true", help="processor instead of wall time")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--tf32", action="store_true", help="round products of both ways to TF32")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    device, tf32 = options.device, options.tf32
     if options.cpu_time:
         clock = time.process_time
     if options.peers:
         peers(options)
         return
     rows = []
-    for name in options.models or MODELS:
+    for name in options.models or (MODELS if device.type == "cpu" else ON_GPU):
         rows.append(row(name, options.batches, options.repeats, options.loop))
         print(
             "{model:24} {plain_ms_per_batch:8.0f} ms   ratio {ratio:.2f} "
@@ -225,6 +287,7 @@ def main() -> None:
             batches=options.batches,
             repeats=options.repeats,
             clock=clock.__name__,
+            tf32=tf32,
             geometric_mean=mean,
             rows=rows,
         )

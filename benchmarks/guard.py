@@ -1,11 +1,12 @@
 """What holding the frozen entries costs: the time of a guarded training step over a plain one.
 
     OMP_NUM_THREADS=1 python benchmarks/guard.py [--json FILE]
+    python benchmarks/guard.py --device cuda [--json FILE]
 
 Plain and guarded steps (forward, backward, optimizer step) are run in turn in one process; the
 ratio is the median over repeats of the quickest step of each. 10 % of the entries are free, and in
-the rows of the compact mode 1, 5 and 20 % as well. Time is that of the process on the CPU, so that
-other jobs of the machine do not count: it needs one thread.
+the rows of the compact mode 1, 5 and 20 % as well. On a CPU time is the process's own, so that
+other jobs of the machine do not count: it needs one thread. On a GPU it is the wall clock's.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fisher
 from deepclean_hooks.guard import Guard
-from fisher import resnet18, timm_model
+from fisher import ON_GPU, resnet18, timm_model
 from result_file import write
 
 FREE = 0.1
@@ -33,6 +35,7 @@ MIB = 2**20
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resnet18": (resnet18, 32, 64),
     "vit_tiny": (timm_model("vit_tiny_patch16_224", img_size=64), 64, 8),
+    "vit_tiny, 224 pixels": (timm_model("vit_tiny_patch16_224"), 224, 8),
 }
 Row = dict[str, Any]
 OPTIMIZERS = {"AdamW, fused": {"fused": True}, "AdamW, loop": {"foreach": False}}
@@ -42,14 +45,13 @@ def quickest(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
 ) -> float:
     """Seconds of the quickest of some steps."""
-    times = []
-    for _ in range(steps):
-        start = time.process_time()
+
+    def step() -> None:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-        times.append(time.process_time() - start)
-    return min(times)
+
+    return min(fisher.timed(step) for _ in range(steps))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -64,10 +66,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def row(name: str, kind: str, share: float, compact: bool, settings: argparse.Namespace) -> Row:
     """The held step over the plain one; with `compact` by an optimizer of the free entries."""
-    build, size, batch_size = MODELS[name]
-    torch.manual_seed(0)
-    model = build()
-    x, y = torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,))
+    models = MODELS if fisher.device.type == "cpu" else ON_GPU
+    model, ((x, y),), size = fisher.made(models, name, 1, models[name][2])
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **OPTIMIZERS[kind])
     free = {n: torch.rand(p.shape) < share for n, p in model.named_parameters() if p.dim() > 1}
     quickest(model, optimizer, x, y, 2)
@@ -86,7 +87,8 @@ def row(name: str, kind: str, share: float, compact: bool, settings: argparse.Na
         ratios.append(held / plain[-1])
     return {
         "model": name,
-        "batch": batch_size,
+        "image": size,
+        "batch": len(y),
         "optimizer": kind,
         "compact": compact,
         "entries": sum(p.numel() for p in model.parameters()),
@@ -101,13 +103,18 @@ def row(name: str, kind: str, share: float, compact: bool, settings: argparse.Na
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    fisher.device = options.device
+    if options.device.type == "cpu":
+        fisher.clock = time.process_time
+    models = options.models or (MODELS if options.device.type == "cpu" else ON_GPU)
     rows = []
-    for name, kind in itertools.product(options.models, OPTIMIZERS):
+    for name, kind in itertools.product(models, OPTIMIZERS):
         for share, compact in [(FREE, False), *((share, True) for share in COMPACT)]:
             rows.append(row(name, kind, share, compact, options))
             print(
