@@ -16,6 +16,8 @@ from deepclean_hooks.persample import device
 
 PAIRS_BYTES = 60_000_000  # of the products over position pairs, at most
 BATCHED_BYTES = 2**28  # of per-sample gradients, and windows, held at once on an accelerator
+CACHE_BYTES = 2**20  # of what a thread works on, where several samples fit
+LANES_BYTES = 2**26  # of sums of squares side by side, at most
 TILE_BYTES = 300_000  # of the result, so that a tile stays in the second-level cache
 
 
@@ -71,9 +73,34 @@ def start(into: Tensor | None, like: Tensor, *shape: int) -> Tensor:
     return like.new_zeros(shape)
 
 
-def add_square(total: Tensor, one: Tensor, other: Tensor, buffer: Tensor) -> None:
-    """total += (one @ other)^2, the product in a buffer of the total's shape."""
-    torch.mm(one, other, out=buffer)
+class Lanes:
+    """Sums of squares of several samples side by side, (lanes, *shape), for a CPU.
+
+    One for each thread, which then works in its own cache: two threads on one sample's product took
+    0.70 of one thread's time, two on two products 0.53. Several for each, as its cache allows,
+    where they are so small that the calls cost more than the work.
+    """
+
+    def __init__(
+        self, n: int, into: Tensor | None, like: Tensor, *shape: int, beside: int = 0
+    ) -> None:
+        """For n samples, each of which takes `beside` bytes more than its sum and its product."""
+        self._sum = start(into, like, *shape)
+        size = max(1, self._sum.nbytes)
+        in_cache = max(1, CACHE_BYTES // (2 * size + beside))
+        most = min(n, in_cache * torch.get_num_threads(), max(1, LANES_BYTES // size))
+        self.count = next(count for count in range(most, 0, -1) if n % count == 0)
+        several = self.count > 1
+        self.total = like.new_zeros(self.count, *shape) if several else self._sum[None]
+
+    def sum(self) -> Tensor:
+        """The lanes' sum, with what was in `into` if that suits."""
+        return self._sum if self.count == 1 else self._sum.add_(self.total.sum(0))
+
+
+def add_square_each(total: Tensor, one: Tensor, other: Tensor, buffer: Tensor) -> None:
+    """total += (one @ other)^2 in each lane, the products in a buffer."""
+    torch.bmm(one, other, out=buffer)
     total.addcmul_(buffer, buffer)
 
 
@@ -113,12 +140,13 @@ def _batched(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
 
 
 def _one_by_one(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
-    """One sample's gradient at a time in one buffer that stays in cache."""
-    total = start(into, grad, grad.shape[2], data.shape[2])
-    buffer = torch.empty_like(total)
-    for g, x in zip(grad.transpose(1, 2).unbind(0), data.unbind(0), strict=True):
-        add_square(total, g, x, buffer)
-    return total
+    """One sample's gradient at a time for each thread, in a buffer that stays in its cache."""
+    lanes = Lanes(len(grad), into, grad, grad.shape[2], data.shape[2])
+    buffer = torch.empty_like(lanes.total)
+    parts = torch.split(grad.transpose(1, 2), lanes.count), torch.split(data, lanes.count)
+    for g, x in zip(*parts, strict=True):
+        add_square_each(lanes.total, g, x, buffer)
+    return lanes.sum()
 
 
 def _tiled(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
@@ -127,11 +155,14 @@ def _tiled(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     outputs, inputs = grad.shape[2], data.shape[2]
     total = start(into, grad, inputs, outputs)
     step = max(16, min(inputs, TILE_BYTES // (grad.element_size() * outputs)))
-    buffer = grad.new_empty(step, outputs)
     grad = grad.contiguous()
     for first in range(0, inputs, step):
         tile = total[first : first + step]
+        lanes = Lanes(len(grad), tile, grad, *tile.shape)
+        buffer = torch.empty_like(lanes.total)
         part = data[:, :, first : first + step].transpose(1, 2)  # (N, step, T)
-        for g, x in zip(grad.unbind(0), part.unbind(0), strict=True):
-            add_square(tile, x, g, buffer[: len(tile)])
+        several = torch.split(grad, lanes.count), torch.split(part, lanes.count)
+        for g, x in zip(*several, strict=True):
+            add_square_each(lanes.total, x, g, buffer)
+        lanes.sum()
     return total

@@ -20,7 +20,9 @@ from deepclean_hooks.persample import device
 from deepclean_hooks.persample.call import Call, Handlers
 from deepclean_hooks.persample.layout import Layout, Unserved
 from deepclean_hooks.persample.outer import (
+    Lanes,
     Product,
+    add_square_each,
     add_squares,
     at_a_time,
     squared_outer,
@@ -142,23 +144,24 @@ class Convolution(Rule):
         (outputs, inputs, kh, kw), height = self.weight.shape, grad.shape[2]
         stride, dilation = self.geometry.stride[0], self.geometry.dilation[0]
         rows = self._rows(height)  # (N, sh, Q, W', kw, I), a view
-        copied = rows.new_empty(rows.shape[1:])
+        own = None if into is None else viewed(into.permute(2, 0, 3, 1), kh, outputs, kw * inputs)
+        copy = rows[0].numel() * rows.element_size()
+        lanes = Lanes(self.n, own, grad, kh, outputs, kw * inputs, beside=copy)
+        copied = rows.new_empty(lanes.count, *rows.shape[1:])
         starts = [divmod(row * dilation, stride) for row in range(kh)]
         windows = [
-            copied[phase, first : first + height].view(positions, kw * inputs)
+            copied[:, phase, first : first + height].view(-1, positions, kw * inputs)
             for first, phase in starts
         ]
+        buffer = grad.new_empty(lanes.count, outputs, kw * inputs)
         maps = grad.flatten(2)  # (N, O, P)
-        own = None if into is None else viewed(into.permute(2, 0, 3, 1), kh, outputs, kw * inputs)
-        total = start(own, copied, kh, outputs, kw * inputs)
-        buffer = torch.empty_like(total)
-        products = list(zip(windows, buffer.unbind(0), strict=True))
-        for g, row in zip(maps.unbind(0), rows.unbind(0), strict=True):
+        kernel_rows = list(zip(lanes.total.unbind(1), windows, strict=True))
+        several = torch.split(maps, lanes.count), torch.split(rows, lanes.count)
+        for g, row in zip(*several, strict=True):
             copied.copy_(row)
-            for window, product in products:
-                torch.mm(g, window, out=product)
-            total.addcmul_(buffer, buffer)
-        return total.view(kh, outputs, kw, inputs).permute(1, 3, 0, 2)
+            for total, window in kernel_rows:
+                add_square_each(total, g, window, buffer)
+        return lanes.sum().view(kh, outputs, kw, inputs).permute(1, 3, 0, 2)
 
     def _rows(self, height: int) -> Tensor:
         """The window of a kernel row at each output column, for each row of the padded input that
