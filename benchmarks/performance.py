@@ -25,20 +25,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def fisher(told: Any) -> str:
     head = ["model", "image", "batch", "plain, ms a batch", "exact Fisher", "range"]
-    head.append("one-sample loop")
-    rows = [
-        [
-            row["model"],
-            row["image"],
-            row["batch"],
-            f"{row['plain_ms_per_batch']:.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}",
-            f"{row['ratio_of_one_sample_loop']:.1f}" if "ratio_of_one_sample_loop" in row else "",
-        ]
-        for row in told["rows"]
-    ]
-    return table(head, rows) + f"\n\nGeometric mean {told['geometric_mean']:.2f}."
+    loop = "ratio_of_one_sample_loop"
+    looped = any(loop in row for row in told["rows"])
+    rows = []
+    for row in told["rows"]:
+        span = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
+        setting = [row["model"], row["image"], row["batch"], f"{row['plain_ms_per_batch']:.0f}"]
+        cost = [f"{row['ratio']:.2f}", span, *([f"{row[loop]:.1f}"] if loop in row else [])]
+        rows.append([*setting, *cost])
+    mean = f"Geometric mean {told['geometric_mean']:.2f}."
+    return table([*head, *(["one-sample loop"] if looped else [])], rows) + f"\n\n{mean}"
 
 
 def memory(told: Any) -> str:
@@ -98,12 +94,13 @@ def growth(told: Any) -> str:
 
 
 def guard(told: Any) -> str:
-    head = ["model", "batch", "optimizer", "free", "by", "plain step, ms", "held step", "range"]
-    head.append("optimizer state, MiB")
+    head = ["model", "image", "batch", "optimizer", "free", "by", "plain step, ms", "held step"]
+    head += ["range", "optimizer state, MiB"]
     rows = []
     for row in told["rows"]:
         way = "`run.compact()`" if row["compact"] else "guard"
-        setting = [row["model"], row["batch"], row["optimizer"], f"{row['free_fraction']:.0%}", way]
+        name, free = row["model"].split(",")[0], f"{row['free_fraction']:.0%}"
+        setting = [name, row["image"], row["batch"], row["optimizer"], free, way]
         span = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
         cost = [f"{row['plain_ms']:.0f}", f"{row['ratio']:.2f}", span, f"{row['state_mib']:.1f}"]
         rows.append([*setting, *cost])
@@ -112,6 +109,7 @@ def guard(told: Any) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "fisher": ("fisher_cpu.json", fisher),
+    "two threads": ("fisher_cpu_two_threads.json", fisher),
     "memory": ("memory_cpu.json", memory),
     "requests": ("requests_cpu.json", requests),
     "peers": ("fisher_peers_cpu.json", peers),

@@ -62,6 +62,7 @@ class _BatchGradients(Estimator):
         progress: bool,
     ) -> Measurement:
         """One backward pass a batch."""
+        measure.require_precision(unwrap(model), self.accumulate)
         source = self.source(data, name)
         settings = self.described(model, loss_fn, batch_size=self.batch_size)
         everything = require_trainable(unwrap(model))

@@ -89,6 +89,7 @@ def fisher_diagonal(
     inner = unwrap(model)
     loss = loss_fn or losses.cross_entropy
     with ranks.fail_together():
+        measure.require_precision(inner, accumulate)
         shards.require_measurable(inner, ranks.world()[1])
         source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         changing = warn_if_changing(source, name)

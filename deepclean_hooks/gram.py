@@ -92,6 +92,7 @@ class LayerInputs(Estimator):
         progress: bool,
     ) -> InputGrams:
         """One forward pass of the set; raises ValueError for sampled patches on several ranks."""
+        measure.require_precision(unwrap(model), self.accumulate)
         if self.patches is not None and ranks.world()[1] > 1:
             raise ValueError(
                 f"{self.patches!r} draws patches batch by batch, so {ranks.world()[1]} ranks would "

@@ -88,6 +88,17 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def require_precision(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Raises ValueError for sums in a precision that the model's device does not have."""
+    device = device_of(model)
+    if device.type == "mps" and dtype == torch.float64:
+        raise ValueError(
+            f"the sums are float64, which the model's device {device} does not have; move the "
+            "model to the CPU to measure (model.cpu()), or pass accumulate=torch.float32 where "
+            "that is offered"
+        )
+
+
 @contextlib.contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """Puts every module in train mode, and each back into its own mode at the end."""

@@ -17,7 +17,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from deepclean_hooks import FisherDiagonal, batches, fisher_diagonal
+from deepclean_hooks import SSD, FisherDiagonal, Session, batches, fisher_diagonal, measure
 from reference import relative_error, squared_gradients
 
 
@@ -325,6 +325,18 @@ def test_bad_input(name: str) -> None:
             **{"batch_size": 8, **options} if name != "repeating sampler" else options,
         )
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a Mac's GPU meets its limit somewhere inside, with torch's words for it."""
+    data = TensorDataset(torch.zeros(4, 1, 6, 6, dtype=torch.float64), torch.arange(4))
+    monkeypatch.setattr(measure, "device_of", lambda _: torch.device("mps"))
+    with pytest.raises(ValueError, match=r"float64, .* mps does not have; .*model.cpu\(\)"):
+        fisher_diagonal(network(), data)
+    with pytest.raises(ValueError, match="mps does not have"):
+        Session(network(), SSD(), scores=False).measure(Subset(data, [0]), Subset(data, [1, 2, 3]))
+    monkeypatch.undo()
+    fisher_diagonal(network(), data, accumulate=torch.float32, progress=False)
 
 
 def test_model_without_trainable_parameter() -> None:
