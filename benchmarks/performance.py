@@ -39,11 +39,14 @@ def fisher(told: Any) -> str:
 
 def memory(told: Any) -> str:
     head = ["model", "plain, MiB", "exact Fisher, MiB", "of which result", "ratio beside it"]
-    keys = ("plain_mib", "exact_mib", "result_mib")
-    rows = [
-        [row["model"], *(f"{row[k]:.0f}" for k in keys), f"{row['ratio_beside_the_result']:.2f}"]
-        for row in told["rows"]
-    ]
+    head.append("ratio of the process's memory")
+    rows = []
+    for row in told["rows"]:
+        ours = row["torch"]
+        sizes = (ours["plain_mib"], ours["exact_mib"], row["result_mib"])
+        ratios = (row[where]["ratio_beside_the_result"] for where in ("torch", "process"))
+        cells = [*(f"{size:.0f}" for size in sizes), *(f"{ratio:.2f}" for ratio in ratios)]
+        rows.append([row["model"], *cells])
     return table(head, rows)
 
 

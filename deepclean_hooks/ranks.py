@@ -38,10 +38,18 @@ def share(count: int) -> range:
 
 
 def sum_over_ranks(tensors: dict[str, Tensor]) -> None:
-    """Adds every tensor over all ranks, in place; all ranks must hold the same names and shapes."""
+    """Adds every tensor over all ranks, in place; all ranks must hold the same names and shapes.
+
+    Row by row: collectives add memory to memory, and on a rank without samples, or with another
+    rule, a sum may lie in memory in another order.
+    """
     if world()[1] > 1:
         for name in sorted(tensors):
-            dist.all_reduce(tensors[name])
+            own = tensors[name]
+            sent = own.contiguous()
+            dist.all_reduce(sent)
+            if sent is not own:
+                own.copy_(sent)
 
 
 def gather(value: T) -> list[T]:

@@ -7,6 +7,7 @@ changes torch for the rest of the process.
 
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,11 @@ def start() -> None:
     # pip puts ninja beside the interpreter, which need not be on the path.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     source = Path(__file__).with_suffix(".cpp")
-    extension: Any = load("second_device", [str(source)], extra_cflags=["-O0"])
+    # Not torch's own folder, where a killed build leaves a lock that the next one waits for.
+    with tempfile.TemporaryDirectory() as folder:
+        extension: Any = load(
+            "second_device", [str(source)], extra_cflags=["-O0"], build_directory=folder
+        )
     torch.utils.rename_privateuse1_backend(NAME)
     module = types.ModuleType(f"torch.{NAME}")
     module.is_available = lambda: True  # type: ignore[attr-defined]
