@@ -120,6 +120,7 @@ class LayerInputs(Estimator):
                             loss_fn(inner, batch)
             finally:
                 torch.backends.mha.set_fastpath_enabled(fused)
+        _complete(grams.sums, self.accumulate, device)
         return _over_ranks(grams.sums, ids, labels, settings)
 
 
@@ -140,6 +141,15 @@ def class_labels(batch: Batch) -> Tensor | None:
         labels = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
     whole = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
     return labels if whole else None
+
+
+def _complete(sums: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Adds zeros for what only other ranks met: a rank without samples met nothing."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for known in ranks.gather({name: tuple(gram.shape) for name, gram in sums.items()}):
+        shapes.update(known)
+    for name in shapes.keys() - sums.keys():
+        sums[name] = torch.zeros(shapes[name], dtype=dtype, device=device)
 
 
 def _over_ranks(

@@ -34,11 +34,15 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-def measured(estimator: Estimator) -> dict[str, Any]:
-    """13 samples in batches of 4: uneven on two ranks, in number and in the last batch."""
+# In batches of 4: uneven on two ranks, in number and in the last batch; fewer samples than ranks.
+COUNTS = (13, 1)
+
+
+def measured(estimator: Estimator, count: int = 13) -> dict[str, Any]:
+    """What the estimator finds in so many samples."""
     found = estimator(
         network(torch.float64),
-        samples_of(samples(0, 13, torch.float64), name="forget", batch_size=4),
+        samples_of(samples(0, count, torch.float64), name="forget", batch_size=4),
         loss_fn=losses.cross_entropy,
         parameters=lambda name, parameter: True,
         name="forget",
@@ -48,12 +52,16 @@ def measured(estimator: Estimator) -> dict[str, Any]:
     return {"sums": found.sums, "count": found.count, "ids": found.samples.tolist(), **kept}
 
 
-def check(estimator: Estimator) -> Callable[[int], dict[str, Any]]:
+def check(estimator: Estimator, count: int) -> Callable[[int], dict[str, Any]]:
     """The estimator as a check of every rank."""
-    return lambda rank: measured(estimator)
+    return lambda rank: measured(estimator, count)
 
 
-CHECKS = {name: check(estimator) for name, estimator in ESTIMATORS.items()}
+CHECKS = {
+    f"{name}, {count}": check(estimator, count)
+    for name, estimator in ESTIMATORS.items()
+    for count in COUNTS
+}
 
 if __name__ == "__main__":
     run_all(CHECKS, Path(sys.argv[1]))

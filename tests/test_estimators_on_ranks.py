@@ -28,17 +28,19 @@ def _read(folder: Path) -> Results:
 
 
 @pytest.mark.parametrize("name", [n for n in worker.ESTIMATORS if n not in worker.REFUSED])
-def test_two_processes_measure_what_one_does(results: Results, name: str) -> None:
-    """Fails if a rank's samples are lost, counted twice or averaged, or the ranks differ."""
-    alone = worker.measured(worker.ESTIMATORS[name])
-    for found in each(results, name):
+@pytest.mark.parametrize("count", worker.COUNTS)
+def test_two_processes_measure_what_one_does(results: Results, name: str, count: int) -> None:
+    """Fails if a rank's samples are lost, counted twice or averaged, the ranks differ, or one
+    without samples has nothing to add up."""
+    alone = worker.measured(worker.ESTIMATORS[name], count)
+    for found in each(results, f"{name}, {count}"):
         assert found["sums"].keys() == alone["sums"].keys()
         assert worst(found["sums"], alone["sums"]) < 1e-9
-        assert found["count"] == alone["count"] == 13
+        assert found["count"] == alone["count"] == count
         assert found["ids"] == alone["ids"]
         assert found.get("classes") == alone.get("classes")
     assert any(sums.abs().max() > 0 for sums in alone["sums"].values())
-    first, second = each(results, name)
+    first, second = each(results, f"{name}, {count}")
     assert all(torch.equal(first["sums"][key], second["sums"][key]) for key in first["sums"])
 
 
@@ -46,5 +48,5 @@ def test_two_processes_measure_what_one_does(results: Results, name: str) -> Non
 def test_what_depends_on_batches_is_refused(results: Results, name: str) -> None:
     """Fails if samples fall into other batches on two ranks than on one, in silence."""
     for one in results:
-        assert name in one[name]["error"]
-        assert "launch one process" in one[name]["error"]
+        assert name in one[f"{name}, 13"]["error"]
+        assert "launch one process" in one[f"{name}, 13"]["error"]
