@@ -7,6 +7,7 @@ the figures are ratios to the ordinary weight gradient G^T X, one thread, float3
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,11 +67,16 @@ def viewed(into: Tensor | None, *shape: int) -> Tensor | None:
         return None
 
 
+def fitting(into: Tensor | None, *shape: int) -> Tensor | None:
+    """`into` if it lies in memory as a new tensor of the shape would."""
+    fits = into is not None and into.shape == shape and into.is_contiguous()
+    return into if fits else None
+
+
 def start(into: Tensor | None, like: Tensor, *shape: int) -> Tensor:
     """Where to add: `into` if it lies in memory as a new tensor of the shape would, else zeros."""
-    if into is not None and into.shape == shape and into.is_contiguous():
-        return into
-    return like.new_zeros(shape)
+    own = fitting(into, *shape)
+    return like.new_zeros(shape) if own is None else own
 
 
 class Lanes:
@@ -85,23 +91,31 @@ class Lanes:
         self, n: int, into: Tensor | None, like: Tensor, *shape: int, beside: int = 0
     ) -> None:
         """For n samples, each of which takes `beside` bytes more than its sum and its product."""
-        self._sum = start(into, like, *shape)
-        size = max(1, self._sum.nbytes)
+        self._into = fitting(into, *shape)
+        size = max(1, math.prod(shape) * like.element_size())
         in_cache = max(1, CACHE_BYTES // (2 * size + beside))
         most = min(n, in_cache * torch.get_num_threads(), max(1, LANES_BYTES // size))
         self.count = next(count for count in range(most, 0, -1) if n % count == 0)
-        several = self.count > 1
-        self.total = like.new_zeros(self.count, *shape) if several else self._sum[None]
+        # Not added to an empty one: its first squares go in as they are.
+        self.empty = self._into is None or self.count > 1
+        whole = self._into if self.count == 1 else None
+        self.total = like.new_empty(self.count, *shape) if whole is None else whole[None]
 
     def sum(self) -> Tensor:
         """The lanes' sum, with what was in `into` if that suits."""
-        return self._sum if self.count == 1 else self._sum.add_(self.total.sum(0))
+        own = self.total[0] if self.count == 1 else self.total.sum(0)
+        return own if self._into is None or not self.empty else self._into.add_(own)
 
 
-def add_square_each(total: Tensor, one: Tensor, other: Tensor, buffer: Tensor) -> None:
-    """total += (one @ other)^2 in each lane, the products in a buffer."""
+def square_each(
+    total: Tensor, one: Tensor, other: Tensor, buffer: Tensor, into_empty: bool
+) -> None:
+    """total = or += (one @ other)^2 in each lane, the products in a buffer."""
     torch.bmm(one, other, out=buffer)
-    total.addcmul_(buffer, buffer)
+    if into_empty:
+        torch.mul(buffer, buffer, out=total)
+    else:
+        total.addcmul_(buffer, buffer)
 
 
 def at_a_time(like: Tensor, entries: int) -> int:
@@ -144,8 +158,8 @@ def _one_by_one(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     lanes = Lanes(len(grad), into, grad, grad.shape[2], data.shape[2])
     buffer = torch.empty_like(lanes.total)
     parts = torch.split(grad.transpose(1, 2), lanes.count), torch.split(data, lanes.count)
-    for g, x in zip(*parts, strict=True):
-        add_square_each(lanes.total, g, x, buffer)
+    for at, (g, x) in enumerate(zip(*parts, strict=True)):
+        square_each(lanes.total, g, x, buffer, lanes.empty and not at)
     return lanes.sum()
 
 
@@ -153,16 +167,20 @@ def _tiled(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """All samples over one tile of the (D, O) result after the other: for results larger than the
     cache."""
     outputs, inputs = grad.shape[2], data.shape[2]
-    total = start(into, grad, inputs, outputs)
+    own = fitting(into, inputs, outputs)
+    total = grad.new_empty(inputs, outputs) if own is None else own
     step = max(16, min(inputs, TILE_BYTES // (grad.element_size() * outputs)))
     grad = grad.contiguous()
     for first in range(0, inputs, step):
         tile = total[first : first + step]
-        lanes = Lanes(len(grad), tile, grad, *tile.shape)
+        lanes = Lanes(len(grad), None if own is None else tile, grad, *tile.shape)
         buffer = torch.empty_like(lanes.total)
         part = data[:, :, first : first + step].transpose(1, 2)  # (N, step, T)
         several = torch.split(grad, lanes.count), torch.split(part, lanes.count)
-        for g, x in zip(*several, strict=True):
-            add_square_each(lanes.total, x, g, buffer)
-        lanes.sum()
+        for at, (g, x) in enumerate(zip(*several, strict=True)):
+            square_each(lanes.total, x, g, buffer, lanes.empty and not at)
+        if own is None:
+            tile.copy_(lanes.sum())
+        else:
+            lanes.sum()
     return total

@@ -22,9 +22,9 @@ from deepclean_hooks.persample.layout import Layout, Unserved
 from deepclean_hooks.persample.outer import (
     Lanes,
     Product,
-    add_square_each,
     add_squares,
     at_a_time,
+    square_each,
     squared_outer,
     start,
     viewed,
@@ -157,10 +157,10 @@ class Convolution(Rule):
         maps = grad.flatten(2)  # (N, O, P)
         kernel_rows = list(zip(lanes.total.unbind(1), windows, strict=True))
         several = torch.split(maps, lanes.count), torch.split(rows, lanes.count)
-        for g, row in zip(*several, strict=True):
+        for at, (g, row) in enumerate(zip(*several, strict=True)):
             copied.copy_(row)
             for total, window in kernel_rows:
-                add_square_each(total, g, window, buffer)
+                square_each(total, g, window, buffer, lanes.empty and not at)
         return lanes.sum().view(kh, outputs, kw, inputs).permute(1, 3, 0, 2)
 
     def _rows(self, height: int) -> Tensor:
