@@ -87,11 +87,13 @@ def split(batch: Batch, most: int) -> Iterator[Batch]:
 
 def to(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
     """The batch on `device`, floating-point tensors in `dtype` if one is given."""
+    # Only towards an accelerator, which works in order: the CPU would read what has not arrived.
+    apart = device.type != "cpu"
 
     def move(tensor: Tensor) -> Tensor:
         if dtype is not None and tensor.is_floating_point():
-            return tensor.to(device, dtype, non_blocking=True)
-        return tensor.to(device, non_blocking=True)
+            return tensor.to(device, dtype, non_blocking=apart)
+        return tensor.to(device, non_blocking=apart)
 
     return map_tensors(batch, move)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
@@ -41,13 +42,22 @@ def dead_entries(
     with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
         named = dict(inner.named_parameters())
         parameters = {name: named[name] for name in masks}
-        if batch_statistics:
+        if batch_statistics and _pairs(retain):
             for module in inner.modules():
                 module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        fewest = 2 if batch_statistics else 1  # BatchNorm cannot normalise one sample by itself
+        # BatchNorm cannot normalise one sample by itself.
+        fewest = 2 if any(module.training for module in inner.modules()) else 1
+        retain = dataclasses.replace(retain, batch_size=max(fewest, retain.batch_size))
         reached = _reached_sharded if shards.is_sharded(inner) else _reached
         alive = reached(inner, parameters, retain, loss_fn, fewest, dtype)
     return {name: shards.total(mask & ~alive[name]) for name, mask in masks.items()}
+
+
+def _pairs(retain: Samples) -> bool:
+    """Whether some rank has a batch of two samples."""
+    if retain.indices is None:
+        return retain.batch_size > 1
+    return len(retain.indices) > ranks.world()[1]
 
 
 def _reached(

@@ -97,7 +97,7 @@ def fisher_diagonal(
     require_same_on_ranks(source, name, changing)
     if ranks.world()[1] > 1:
         ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
-    fingerprint = bits.digest(state_tensors(inner))
+    fingerprint = ranks.gather(bits.digest(state_tensors(inner)))[0]  # rank 0's buffers serve all
     with measure.no_trace(inner), measure.float32_weights(inner) as dtype:
         kept = {id(p) for p in wanted.values()}
         for p in inner.parameters():

@@ -25,6 +25,14 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def not_for_scores(loss_fn: LossFn | None) -> tuple[type[Exception], ...]:
+    """The errors by which scoring says that it cannot read the data of a run with this loss (None:
+    the default). One of the user's own may understand batches, labels and models that scoring
+    does not."""
+    own = loss_fn is not None and loss_fn is not cross_entropy
+    return (TypeError, ValueError, NotImplementedError) if own else (TypeError,)
+
+
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Runs the model on a batch: logits (N, C) and labels (N,) as int64 class indices.
 
@@ -35,8 +43,8 @@ def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         if "labels" not in batch:
             raise TypeError(
                 "a batch that is a mapping needs the key 'labels', got the keys "
-                f"{sorted(map(str, batch))}; rename the label column in the collate_fn, or pass "
-                "loss_fn="
+                f"{sorted(map(str, batch))}; rename the label column in the collate_fn (loss_fn= "
+                "measures it as it is, and cannot be scored)"
             )
         output = model(**{key: value for key, value in batch.items() if key != "labels"})
         labels = batch["labels"]
@@ -47,7 +55,8 @@ def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         length = f" of length {len(batch)}" if isinstance(batch, list | tuple) else ""
         raise TypeError(
             "a batch must be (x, y) or a mapping with 'labels', got "
-            f"{type(batch).__name__}{length}; change the loader's collate_fn, or pass loss_fn="
+            f"{type(batch).__name__}{length}; change the loader's collate_fn (loss_fn= "
+            "measures it as it is, and cannot be scored)"
         )
     logits = logits_of(output)
     return logits, class_indices(labels, logits)
@@ -67,7 +76,8 @@ def logits_of(output: object) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the model returned {type(output).__name__}, in which no logits were found; return a "
-            "tensor of shape (N, C) or an object with .logits, or pass loss_fn="
+            "tensor of shape (N, C) or an object with .logits (loss_fn= measures others, and "
+            "they cannot be scored)"
         )
     return logits
 
@@ -76,14 +86,14 @@ def class_indices(labels: Tensor, logits: Tensor) -> Tensor:
     """The labels (N,) as int64, after a check that each is a class of the logits (N, C)."""
     if logits.dim() != 2:
         raise ValueError(
-            f"a classifier's logits have shape (N, C), got {tuple(logits.shape)}; pass loss_fn= "
-            "for other heads"
+            f"a classifier's logits have shape (N, C), got {tuple(logits.shape)}; loss_fn= "
+            "measures other heads, and they cannot be scored"
         )
     if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"labels must be class indices (int64), got {kind}; for soft or one-hot labels pass "
-            "loss_fn="
+            f"labels must be class indices (int64), got {kind}; loss_fn= measures soft or one-hot "
+            "labels, and they cannot be scored"
         )
     if labels.shape != logits.shape[:1]:
         raise ValueError(

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
+# What an error on one rank is on the others, so that all of them catch it or none does.
+_TOLD: tuple[type[Exception], ...] = (ValueError, TypeError, NotImplementedError)
+
 
 def world() -> tuple[int, int]:
     """(rank, number of ranks); (0, 1) where no process group is initialised."""
@@ -77,21 +80,22 @@ def require_agreement(what: str, value: str) -> None:
 def fail_together() -> Iterator[None]:
     """An error in the block on one rank is raised on all ranks; the block holds no collective.
 
-    A rank that stopped alone would leave the others waiting. They get a ValueError or TypeError if
-    the error was one, else a RuntimeError, which quotes it.
+    A rank that stopped alone would leave the others waiting. They get a ValueError, TypeError or
+    NotImplementedError if the error was one, else a RuntimeError, which quotes it.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as reason:
         failure = reason
-    told = None if failure is None else (type(failure).__name__, str(failure))
+    kind = next((kind for kind in _TOLD if isinstance(failure, kind)), RuntimeError)
+    told = None if failure is None else (kind.__name__, str(failure))
     failed = [one for one in gather(told) if one is not None]
     if failure is not None:
         raise failure
     if failed:
-        kind, text = failed[0]
-        error = {"ValueError": ValueError, "TypeError": TypeError}.get(kind, RuntimeError)
+        name, text = failed[0]
+        error = next((kind for kind in _TOLD if kind.__name__ == name), RuntimeError)
         raise error(f"another rank failed: {text}")
 
 

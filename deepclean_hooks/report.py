@@ -19,14 +19,15 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Layer:
-    """One parameter: how many entries it has, how many were selected (reset), and how many of those
-    are dead."""
+    """One parameter: how many entries it has, how many were selected, how many of those are dead,
+    and how many may differ from the original in the end: those selected and those free to train."""
 
     name: str
     entries: int
     selected: int = 0
     dead: int | None = None
     held_back: int = 0
+    may_change: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,11 @@ class Report:
     Fractions are of 0 to 1: `selected_fraction` of all trainable entries, `dead_fraction` of the
     selected ones. `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by
     phase. `scores`: `before` and `after`, each an evaluation, or the reason why there is none.
-    `forgotten`: salted hashes of the forget samples, and the salt. `checkpoint_before` and
-    `checkpoint_after`: SHA-256 of each tensor of the model's state_dict. `gamma_choice`: how
-    gamma="auto" was settled, the rule and the trials; empty where gamma was given.
+    `effect`: what became of the selected entries. `may_change_entries`: those selected or free to
+    train; all others are frozen. `forgotten`: salted hashes of the forget samples, and the salt.
+    `checkpoint_before` and `checkpoint_after`: SHA-256 of each tensor of the model's state_dict.
+    `gamma_choice`: how gamma="auto" was settled, the rule and the trials; empty where gamma was
+    given.
     """
 
     method: str
@@ -49,11 +52,13 @@ class Report:
     overlapping_samples: int | None = None
     measurement: dict[str, Any] = field(default_factory=dict)
     criterion: str | None = None
+    effect: str | None = None
     trainable_entries: int | None = None
     candidate_entries: int | None = None
     selected_entries: int | None = None
     selected_fraction: float | None = None
     held_back_entries: int | None = None
+    may_change_entries: int | None = None
     dead_fraction: float | None = None
     layers: tuple[Layer, ...] = ()
     norm_statistics: str | None = None
@@ -120,7 +125,7 @@ class Report:
             return []
         lines = [
             f"  selected     {self.selected_entries} of {self.trainable_entries} trainable entries "
-            f"({self.selected_fraction:.2%}), where {self.criterion}; candidates "
+            f"({self.selected_fraction:.2%}), where {self.criterion}; {self.effect}; candidates "
             f"{self.candidate_entries}; held back as rounding noise {self.held_back_entries}"
         ]
         if self.dead_fraction is not None:

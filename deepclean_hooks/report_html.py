@@ -79,7 +79,7 @@ def page(
         _section("The same request by other methods", _compared(compared or {})),
         _section("How the attackers worked", _attacks(report)),
         _section("What these figures do not show", _items(report_rows.caveats(report))),
-        _section("Which weights were reset", _layers(report)),
+        _section("Which weights were selected", _layers(report)),
         _section("How strict to be: gamma", _choice(report.get("gamma_choice")) + _gamma(sweep)),
         _section("Where this comes from, and how to verify it", _origin(report)),
     ]
@@ -108,10 +108,12 @@ def _head(report: Told) -> str:
     keys: list[tuple[str, str]] = []
     if report["forget_samples"] is not None:
         keys.append((f"{report['forget_samples']:,}", "samples to forget"))
-    if report["selected_fraction"] is not None:
-        keys.append((f"{100 * report['selected_fraction']:.1f} %", "of the weights reset"))
-    if report["frozen_entries_moved"] is not None:
-        keys.append((f"{report['frozen_entries_moved']:,}", "other weights changed"))
+    if report["selected_fraction"]:
+        share = f"{100 * report['selected_fraction']:.1f} %"
+        keys.append((share, f"of the weights {report_rows.effect(report)}"))
+    if report["frozen_entries_moved"] is not None and report_rows.frozen(report):
+        of = f"of {report_rows.frozen(report):,} other weights changed"
+        keys.append((f"{report['frozen_entries_moved']:,}", of))
     for row in report_rows.rows(report):
         if row.label in ("Accuracy, forgotten data", "Accuracy, data kept"):
             _, was, now, gold, _ = row.cells()
@@ -366,7 +368,7 @@ def _layers(report: Told) -> str:
     if not chosen:
         return ""
     shown = chosen
-    note = f"All {len(chosen)} parameters with reset weights, in the order of the model."
+    note = f"All {len(chosen)} parameters with selected weights, in the order of the model."
     if len(chosen) > MOST_BARS:
         largest = sorted(chosen, key=lambda one: -one["selected"] / one["entries"])[:MOST_BARS]
         kept = {one["name"] for one in largest}
@@ -376,8 +378,8 @@ def _layers(report: Told) -> str:
         (one["name"], one["selected"] / one["entries"], f"{one['selected'] / one['entries']:.1%}")
         for one in shown
     ]
-    drawing = svg.bars(rows, title="share of each parameter that was reset", colour=AFTER)
-    return _figure("Share of each layer that was reset", drawing, note)
+    drawing = svg.bars(rows, title="share of each parameter that was selected", colour=AFTER)
+    return _figure("Share of each layer that was selected", drawing, note)
 
 
 def _gamma(sweep: Told | None) -> str:
@@ -429,7 +431,7 @@ def _origin(report: Told) -> str:
     return (
         "<p>The file <code>report.json</code> holds everything on this page and the digests of "
         "every weight tensor. Whoever has it and the model can check that they belong together, "
-        "and with the original model that nothing but the reset weights was touched:</p>"
+        "and with the original model that no more was touched than is said here:</p>"
         f"<pre>{escape(report_rows.VERIFY)}\n{escape(report_rows.VERIFY_BOTH)}</pre>"
         "<p>The forgotten samples are named there by salted hashes only: someone who holds a "
         "sample can look it up, nobody else can tell which they were.</p>"

@@ -227,6 +227,18 @@ def golds(report: Told) -> int:
     return max((one["count"] for one in spread.values()), default=0)
 
 
+def effect(report: Told) -> str:
+    """What became of the selected entries."""
+    return str(report.get("effect", "reset to 0"))  # an older report has no other method's words
+
+
+def frozen(report: Told) -> int:
+    """How many trainable entries were neither selected nor free to train."""
+    # In what older reports are of, only the selected entries were free.
+    may_change = report.get("may_change_entries", report["selected_entries"])
+    return int((report["trainable_entries"] or 0) - (may_change or 0))
+
+
 def asked(report: Told) -> list[str]:
     """What was asked, in sentences."""
     settings = ", ".join(f"{name} = {value}" for name, value in report["settings"].items())
@@ -249,23 +261,25 @@ def done(report: Told) -> list[str]:
             f"gamma = {choice['gamma']:g} was chosen out of {tried} without test data: "
             f"{choice['reason']}. Rule: {choice['rule']}."
         )
-    if report["selected_entries"] is not None:
+    if report["selected_entries"]:
         lines.append(
             f"{report['selected_entries']:,} of {report['trainable_entries']:,} weights "
-            f"({100 * report['selected_fraction']:.1f} %) were found to serve the forgotten data "
-            f"more than the others, and were reset. Criterion: {report['criterion']}."
+            f"({100 * report['selected_fraction']:.1f} %) were selected and {effect(report)}. "
+            f"Criterion: {report['criterion']}."
         )
+    elif report["selected_entries"] is not None:
+        lines.append("No weight was selected.")
     if report["optimizer_steps"]:
-        lines.append(
-            f"The reset weights were trained again on the data kept, in "
-            f"{report['optimizer_steps']:,} steps."
-        )
-    if report["frozen_entries_moved"] is not None:
+        lines.append(f"Training followed, in {report['optimizer_steps']:,} steps.")
+    held = frozen(report)
+    if report["frozen_entries_moved"] is not None and held:
         moved = report["frozen_entries_moved"]
         lines.append(
-            "All other weights were compared bit for bit at the end: "
+            f"The {held:,} other weights were held: compared bit for bit at the end, "
             + ("none had changed." if not moved else f"{moved:,} HAD CHANGED.")
         )
+    elif report["frozen_entries_moved"] is not None:
+        lines.append("No weight was held: every one was free to train.")
     if report["seconds"]:
         spent = ", ".join(f"{PHASES.get(p, p)} {s:.1f} s" for p, s in report["seconds"].items())
         lines.append(f"Time: {spent}.")

@@ -173,8 +173,16 @@ def _indices(loader: DataLoader[Any], name: str) -> Iterator[int]:
         yield from range(len(sampler.data_source))
         return
     if isinstance(sampler, DistributedSampler):
-        yield from range(len(sampler.dataset))  # type: ignore[arg-type]  # it has a length
-        return
+        if sampler.dataset is loader.dataset:
+            yield from range(len(sampler.dataset))  # type: ignore[arg-type]  # it has a length
+            return
+        # Lightning puts the user's own sampler in as if it were the data set.
+        sampler = getattr(sampler.dataset, "_sampler", None)
+        if sampler is None:
+            raise ValueError(
+                f"the DistributedSampler of {name} is of another data set than the loader, so "
+                "which samples it draws is not known; pass the Dataset (a Subset) itself"
+            )
     drawn = sampler.indices if hasattr(sampler, "indices") else _flatten(sampler)
     indices = [int(i) for i in drawn]
     if len(set(indices)) < len(indices):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +99,7 @@ class Session:
         self._guard: Guard | None = None
         self._trials: gamma_auto.Trials | None = None
         self._resumed = False
+        self._steps_before = 0  # of the run that this one goes on from
         self._facts: dict[str, Any] = {
             "trainable_entries": sum(p.numel() for p in self._trainable().values()),
             "norm_statistics": norm_statistics,
@@ -176,10 +177,13 @@ class Session:
                 "entries": p.numel(),
                 "selected": chosen.get(name, 0),
                 "held_back": self._selection.held_back_by_layer.get(name, 0),
+                "may_change": self._may_change(name, chosen.get(name, 0)),
             }
         total = sum(chosen.values())
         self._facts.update(
             criterion=self._selection.criterion,
+            effect=self.method.effect,
+            may_change_entries=sum(layer["may_change"] for layer in self._layers.values()),
             candidate_entries=self._selection.candidates,
             selected_entries=total,
             selected_fraction=total / self._facts["trainable_entries"],
@@ -230,6 +234,9 @@ class Session:
         if not self.trains:
             # A loop that is entered all the same then leaves every bit as it is.
             self.norm_statistics = self._facts["norm_statistics"] = "freeze"
+        if self.norm_statistics == "freeze":
+            # DistributedDataParallel would do so at the next forward, which then looked like drift.
+            ranks.share_buffers(unwrap(self.model))
         self._guard = Guard(
             unwrap(self.model),
             self._free,
@@ -259,12 +266,12 @@ class Session:
         """
         self._expect("guarded", "finish")
         assert self._guard is not None
-        self._seconds["fine-tune"] = time.perf_counter() - self._started
-        guard = self._guard
+        guard, progress = self._guard, self.so_far()
+        self._seconds = progress["seconds"]
         try:
-            self._facts.update(frozen_entries_moved=self._moved(guard), optimizer_steps=guard.steps)
-            # A rank whose shard moved would otherwise raise alone.
-            with ranks.fail_together() if self._sharded else nullcontext():
+            moved = self._moved(guard)
+            self._facts.update(frozen_entries_moved=moved, optimizer_steps=progress["steps"])
+            with ranks.fail_together():  # a rank on which something moved would raise alone
                 guard.check()
         finally:
             self.close()
@@ -327,17 +334,27 @@ class Session:
             "free": masks.pack(self._free),
             "facts": dict(self._facts),
             "layers": {name: dict(values) for name, values in self._layers.items()},
-            "seconds": dict(self._seconds),
             "scores": dict(self._scores),
             "warnings": list(self._warnings),
+            **self.so_far(),
         }
+
+    def so_far(self) -> dict[str, Any]:
+        """`steps` (of optimizers) and `seconds` (by phase) so far, those before a resume included:
+        what of `state_dict()` changes while your loop runs."""
+        steps, seconds = self._steps_before, dict(self._seconds)
+        if self._guard is not None:
+            steps += self._guard.steps
+            spent = time.perf_counter() - self._started
+            seconds["fine-tune"] = seconds.get("fine-tune", 0.0) + spent
+        return {"steps": steps, "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Session:
         """Takes up a stored run: nothing is measured or reset again; `guard` is next.
 
         Load the model's weights first: raises ValueError if a frozen entry differs from the stored
         run's, which happens when a checkpoint was read only in part, or if the method is another
-        one.
+        one. What becomes of running statistics is the stored run's choice.
         """
         self._expect("new", "load_state_dict")
         self.method = gamma_auto.as_chosen(self.method, state["facts"].get("gamma_choice"))
@@ -356,6 +373,8 @@ class Session:
         self._layers = {name: dict(values) for name, values in state["layers"].items()}
         self._seconds, self._scores = dict(state["seconds"]), dict(state["scores"])
         self._warnings = list(state["warnings"])
+        self.norm_statistics = self._facts["norm_statistics"]
+        self._steps_before = state.get("steps", 0)
         self._resumed = True
         self._phase = "reset"
         return self
@@ -366,6 +385,14 @@ class Session:
         return self
 
     # ------------------------------------------------------------------ inside
+
+    def _may_change(self, name: str, selected: int) -> int:
+        """How many entries of a parameter are selected, which many are, or free to train."""
+        free = self._free.get(name)
+        mask = self.selection.masks.get(name)
+        if free is None or free is mask:
+            return selected
+        return shards.total(free if mask is None else free | mask)
 
     def _prepare_trials(self) -> None:
         if gamma_auto.is_open(self.method):
@@ -523,7 +550,7 @@ class Session:
                 self._scores[when] = evaluate(
                     self.model, gold=gold, progress=self.progress, **self._evaluated()
                 ).to_dict()
-            except TypeError as reason:  # batches of a form that only loss_fn understands
+            except losses.not_for_scores(self.loss_fn) as reason:
                 self._scores[when] = f"not computed: {reason}"
 
     def _evaluated(self) -> dict[str, Any]:

@@ -28,18 +28,18 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     """
     # The names of one dtype together, the widest first, so that every tensor is aligned.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    gathered = (shards.whole(tensors[name]) for name in order)
     failure: Exception | None = None
     if ranks.is_first():
         try:
             with written_whole(path) as temporary, Path(temporary).open("wb") as file:
                 file.write(_header(tensors, order, metadata))
-                for name in order:
-                    file.write(as_bytes(tensors[name]))
+                for tensor in gathered:
+                    file.write(as_bytes(tensor))
         except OSError as reason:
             failure = reason
-    else:
-        for name in order:
-            shards.whole(tensors[name])
+    for _ in gathered:
+        pass  # the other ranks' part; rank 0's too, where it could not write
     with ranks.fail_together():
         if failure is not None:
             raise failure

@@ -39,7 +39,8 @@ def verify(
     if report.get("schema") not in SCHEMAS:
         found = f"{report.get('schema')!r}, known: {', '.join(map(str, SCHEMAS))}"
         return [Check("schema", False, found)]
-    checks = [Check("schema", True, str(report["schema"])), *_arithmetic(report)]
+    finished = Check("the run is finished", report["phase"] == "finished", report["phase"])
+    checks = [Check("schema", True, str(report["schema"])), finished, *_arithmetic(report)]
     checks += _digests("unlearned model", report["checkpoint_after"], after)
     checks += _entries(report, after)
     if before is None:
@@ -58,6 +59,16 @@ def _arithmetic(report: Mapping[str, Any]) -> Iterator[Check]:
     selected, entries = (sum(layer[key] for layer in layers) for key in ("selected", "entries"))
     yield _equal("selected entries, layer by layer", selected, report["selected_entries"])
     yield _equal("trainable entries, layer by layer", entries, report["trainable_entries"])
+    may_change = sum(map(_may_change, layers))
+    told = report.get("may_change_entries")
+    yield _equal("entries that may change, layer by layer", may_change, told)
+    wrong = [
+        layer["name"]
+        for layer in layers
+        if not layer["selected"] <= _may_change(layer) <= layer["entries"]
+    ]
+    fits = ", ".join(wrong[:3]) or "in every layer"
+    yield Check("selected entries are among those that may change", not wrong, fits)
     if report["selected_fraction"] is not None and entries:
         fraction = report["selected_fraction"]
         yield Check(
@@ -69,6 +80,11 @@ def _arithmetic(report: Mapping[str, Any]) -> Iterator[Check]:
     after = report["scores"].get("after")
     if isinstance(after, Mapping) and after.get("gaps"):
         yield _gaps(after)
+
+
+def _may_change(layer: Mapping[str, Any]) -> int:
+    """Of a report from before this was told: in such a run only what was selected was free."""
+    return int(layer.get("may_change", layer["selected"]))
 
 
 def _gaps(after: Mapping[str, Any]) -> Check:
@@ -92,7 +108,7 @@ def _equal(what: str, found: object, told: object) -> Check:
 
 def _digests(which: str, told: Mapping[str, str], state: Mapping[str, Tensor]) -> Iterator[Check]:
     if not told:
-        yield Check(f"tensors of the {which}", None, "the report has no digests of them")
+        yield Check(f"tensors of the {which}", False, "the report has no digests of them")
         return
     found = checkpoint.digests(state)
     # Files that store a tied tensor once leave its other names out.
@@ -123,19 +139,17 @@ def _entries(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator
 def _changes(
     report: Mapping[str, Any], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> Iterator[Check]:
-    """No more entries of a layer may differ than were reset, and none of the others."""
+    """No more entries of a layer may differ than were selected or free, and none of the others."""
     names = _tied(report)
     before, after = ({names.get(n, n): t for n, t in state.items()} for state in (before, after))
-    selected = {layer["name"]: layer["selected"] for layer in report["layers"]}
+    open_to = {layer["name"]: _may_change(layer) for layer in report["layers"]}
     changed = {name: _differing(before[name], after[name]) for name in before if name in after}
-    weights = {name: count for name, count in changed.items() if name in selected}
-    wrong = [
-        f"{n} ({c} changed, {selected[n]} reset)" for n, c in weights.items() if c > selected[n]
-    ]
+    weights = {name: count for name, count in changed.items() if name in open_to}
+    wrong = [f"{n} ({c} changed, {open_to[n]} might)" for n, c in weights.items() if c > open_to[n]]
     total = sum(weights.values())
-    told = f"{total} weights differ, no more in any layer than were reset there"
+    told = f"{total} weights differ, no more in any layer than were selected or free to train there"
     yield Check("changed weights", not wrong, ", ".join(wrong[:3]) or told)
-    rest = [name for name, count in changed.items() if count and name not in selected]
+    rest = [name for name, count in changed.items() if count and name not in open_to]
     if report["norm_statistics"] == "freeze":
         yield Check("all else", not rest, ", ".join(rest[:3]) or "unchanged, bit for bit")
     else:

@@ -129,7 +129,10 @@ class DeepCleanHook:
 
     def state_dict(self) -> dict[str, Any]:
         """What `accelerator.save_state` stores: the run, and a digest of the weights it saved."""
-        return sealed.seal(self._kept, self._model) if self._kept else {}
+        if not self._kept:
+            return {}
+        progress = {} if self._run is None else self._run.so_far()
+        return sealed.seal({**self._kept, **progress}, self._model)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a stored run; `accelerator.load_state` calls this when it has the weights.

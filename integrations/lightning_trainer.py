@@ -6,6 +6,7 @@ checkpoint, if any, is loaded, and the optimizers are there; autocast is only ar
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from deepclean_hooks import ranks, sealed
+from deepclean_hooks import losses, ranks, sealed
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.guard import NormStatistics
 from deepclean_hooks.integrations.run_output import selection_figures, write_report
@@ -108,7 +109,8 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
     ) -> None:
         """Adds the run to the checkpoint that is about to be written."""
         if self._kept is not None:
-            checkpoint[KEY] = sealed.seal(self._kept[1], pl_module)
+            progress = {} if self._run is None else self._run.so_far()
+            checkpoint[KEY] = sealed.seal({**self._kept[1], **progress}, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures, selects and resets, or takes up a stored run; then sets the guard."""
@@ -138,18 +140,19 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
         """Logs what the model still knows of the forget set."""
         if self._run is None or trainer.sanity_checking or not self._options["scores"]:
             return
-        found = evaluate(
-            pl_module,
-            forget=self._read(trainer, self._forget),
-            membership=False,
-            progress=_shows_progress(trainer),
-        )
-        scores = found.sets["forget"]
-        figures = {
-            "deepclean_forget_accuracy": scores.accuracy,
-            "deepclean_forget_loss": scores.loss,
-        }
-        _log(trainer, figures)
+        with contextlib.suppress(*losses.not_for_scores(self._options["loss_fn"])):
+            found = evaluate(
+                pl_module,
+                forget=self._read(trainer, self._forget),
+                membership=False,
+                progress=_shows_progress(trainer),
+            )
+            scores = found.sets["forget"]
+            figures = {
+                "deepclean_forget_accuracy": scores.accuracy,
+                "deepclean_forget_loss": scores.loss,
+            }
+            _log(trainer, figures)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts, scores and reports."""

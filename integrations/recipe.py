@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from deepclean_hooks import batches, losses, measure, ranks
 from deepclean_hooks.integrations.loop import walked
+from deepclean_hooks.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.training import Step
 from deepclean_hooks.report import Report
@@ -55,7 +56,15 @@ def unlearn(
     Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
     the same on any number of them, and end with the same model; an incomplete last batch is filled
     up with samples of the epoch. This needs accelerate, and a batch size that they divide.
+
+    Raises TypeError for a stored measurement as `retain`: it cannot be trained on.
     """
+    if isinstance(retain, Measurement):
+        raise TypeError(
+            f"unlearn() trains on the retain set, and a stored {retain.noun} has no samples; pass "
+            "the set itself, or give the stored one to unlearning(..., retain=stored) around your "
+            "own loop"
+        )
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"epochs must be a positive whole number, got {epochs!r}")
     loader = samples_of(

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from deepclean_hooks import ranks, sealed
+from deepclean_hooks import losses, ranks, sealed
 from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.follow import follow, weakly
 from deepclean_hooks.guard import NormStatistics
@@ -149,7 +149,8 @@ class DeepCleanCallback(TrainerCallback):
         folder = _checkpoint(args, state)
         if self._run is not None and self._kept is not None and args.should_save:
             if folder.is_dir():
-                sealed.write(sealed.seal(self._kept[1], kwargs["model"]), folder / FILE)
+                now = {**self._kept[1], **self._run.so_far()}
+                sealed.write(sealed.seal(now, kwargs["model"]), folder / FILE)
             else:
                 _log.warning("no masks were saved: there is no folder %s", folder)
 
@@ -161,7 +162,7 @@ class DeepCleanCallback(TrainerCallback):
         if self._run is None or self._forget is None or not self._options["scores"]:
             return
         progress = not args.disable_tqdm
-        with contextlib.suppress(TypeError):  # batches of a form that only loss_fn understands
+        with contextlib.suppress(*losses.not_for_scores(self._options["loss_fn"])):
             found = evaluate(
                 kwargs["model"],
                 forget=self._reading(trainer, self._forget),

@@ -438,6 +438,13 @@ def other_method(rank: int) -> None:
     run.measure(plain.FORGET, plain.RETAIN)
 
 
+def unwritable(rank: int) -> None:
+    """Rank 0 alone writes, and cannot."""
+    model = sharded(plain.network(), "layers")
+    made = deepclean.fisher_diagonal(model, plain.FORGET, batch_size=4, progress=False)
+    made.save(Path("no such folder") / "here.safetensors")
+
+
 def chosen_gamma(rank: int) -> None:
     """gamma="auto" tries copies of the model."""
     method = deepclean.DeepClean(gamma="auto")
@@ -476,6 +483,7 @@ CHECKS: dict[str, Callable[[int], Any]] = {
             half_of_the_ranks,
             other_method,
             chosen_gamma,
+            unwritable,
             mixed_samples,
         )
     },

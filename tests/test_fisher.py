@@ -1,6 +1,8 @@
 """FisherDiagonal: each sample once, additive, stored whole, and errors that name thing, value and
 way out."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
 )
+from torch.utils.data.distributed import DistributedSampler
 
-from deepclean_hooks import SSD, FisherDiagonal, Session, batches, fisher_diagonal, measure
+from deepclean_hooks import SSD, FisherDiagonal, Session, batches, fisher_diagonal, measure, ranks
+from deepclean_hooks.samples import samples_of
 from reference import relative_error, squared_gradients
 
 
@@ -325,6 +329,71 @@ def test_bad_input(name: str) -> None:
             **{"batch_size": 8, **options} if name != "repeating sampler" else options,
         )
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_loss_that_cannot_be_hashed() -> None:
+    """Fails if what was found out about a model is filed under the loss's own idea of equality."""
+
+    @dataclass
+    class Smoothed:
+        smoothing: float
+
+        def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            found = F.cross_entropy(
+                model(batch[0]), batch[1], reduction="none", label_smoothing=self.smoothing
+            )
+            return found
+
+    data = TensorDataset(torch.randn(4, 1, 6, 6, dtype=torch.float64), torch.arange(4))
+    plain = fisher_diagonal(network(), data, progress=False)
+    own = fisher_diagonal(network(), data, loss_fn=Smoothed(0.0), progress=False)
+    assert relative_error(own.sums, plain.sums) <= 1e-12
+    other = fisher_diagonal(network(), data, loss_fn=Smoothed(0.5), progress=False)
+    assert relative_error(other.sums, plain.sums) > 0.1
+
+
+class Wrapped:
+    """As Lightning shows the user's own sampler to a DistributedSampler."""
+
+    def __init__(self, sampler: SubsetRandomSampler) -> None:
+        self._sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+def test_sampler_inside_a_distributed_one() -> None:
+    """Fails if the numbers of draws are taken for the indices of samples."""
+    data = TensorDataset(torch.zeros(9, 1), torch.zeros(9, dtype=torch.int64))
+    wrapped = Wrapped(SubsetRandomSampler([2, 5, 8]))
+    sampler = DistributedSampler(wrapped, num_replicas=2, rank=0)
+    assert samples_of(DataLoader(data, sampler=sampler)).indices == (2, 5, 8)
+    del wrapped._sampler
+    with pytest.raises(ValueError, match="of another data set than the loader"):
+        samples_of(DataLoader(data, sampler=sampler))
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [
+        ("ValueError", ValueError),
+        ("NotImplementedError", NotImplementedError),
+        ("RuntimeError", RuntimeError),
+    ],
+)
+def test_ranks_fail_by_the_same_kind_of_error(
+    name: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if one rank catches an error that comes as another one elsewhere: json's own errors are
+    ValueErrors."""
+    told: list[object] = []
+    monkeypatch.setattr(ranks, "gather", lambda value: [told.append(value) or value])
+    with pytest.raises(json.JSONDecodeError), ranks.fail_together():
+        json.loads("{")
+    assert told[0][0] == "ValueError"
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, (name, "there")])
+    with pytest.raises(raised, match="another rank failed: there"), ranks.fail_together():
+        pass
 
 
 def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,7 +256,61 @@ def test_verify_accepts_the_model_of_the_report(
     given = [str(stored / "report.json"), str(stored / name)]
     assert main(["verify", *given]) == 0
     assert main(["verify", *given, "--original", str(stored / "before.pt")]) == 0
-    assert "all checks hold" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert " checks hold, 1 skipped" in told  # without the original what changed is not known
+    assert re.search(r"\d+ checks hold$", told.strip())
+
+
+METHODS = {
+    "fine-tune": deepclean.FineTune(),
+    "ssd": deepclean.SSD(alpha=2),
+    "random label": deepclean.RandomLabel(),
+    "salun": deepclean.SalUn(),
+    "fisher mask": deepclean.FisherMask(CLASSES, share=0.1),
+    "retrain": deepclean.Retrain(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*reset entries are dead|.*candidate entry was selected")
+@pytest.mark.parametrize("name", METHODS)
+def test_the_page_says_what_the_method_did(name: str) -> None:
+    """Fails if the page tells of a reset, or of weights that were held, where there were none, or
+    `verify` refuses the genuine report of a method that trains more than it selects."""
+    model, method = copy.deepcopy(original()), METHODS[name]
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    report = deepclean.unlearn(
+        model, FORGET, RETAIN, method=method, epochs=1, scores=False, batch_size=200
+    )
+    told = report.to_dict()
+    assert all(check.right is not False for check in verify(told, model.state_dict(), before))
+    text = report.to_html() + report.to_markdown()
+    selected, held = report.selected_entries, report_rows.frozen(told)
+    assert ("No weight was selected." in text) == (not selected)
+    assert (f"were selected and {method.effect}." in text) == bool(selected)
+    assert ("No weight was held: every one was free to train." in text) == (not held)
+    assert (f"The {held:,} other weights were held" in text) == bool(held)
+    assert held == (0 if name in ("fine-tune", "random label", "fisher mask", "retrain") else held)
+    wider = copy.deepcopy(told)
+    for layer in wider["layers"]:
+        layer["may_change"] = layer["selected"]
+    wider["may_change_entries"] = report.selected_entries
+    narrow = [check for check in verify(wider, model.state_dict(), before) if check.right is False]
+    assert bool(narrow) == (report.may_change_entries > selected)
+
+
+def test_verify_refuses_an_unfinished_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if what the Trainer writes before it trains passes for any model."""
+    run = deepclean.Session(Tied(), deepclean.DeepClean(gamma=1.2), scores=False)
+    run.measure(FORGET, RETAIN).select()
+    run.reset()
+    (tmp_path / "report.json").write_text(run.report.to_json(), encoding="utf-8")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "any.pt")
+    assert main(["verify", str(tmp_path / "report.json"), str(tmp_path / "any.pt")]) == 1
+    told = capsys.readouterr().out
+    assert "MISMATCH the run is finished: reset" in told
+    assert "MISMATCH tensors of the unlearned model: the report has no digests of them" in told
 
 
 def test_verify_reads_a_tied_tensor_under_either_name(stored: Path) -> None:
@@ -302,6 +356,10 @@ def nicer_layer(report: dict[str, Any], after: dict[str, torch.Tensor]) -> None:
     largest["selected"], other["selected"] = 0, other["selected"] + moved
 
 
+def freer_layer(report: dict[str, Any], after: dict[str, torch.Tensor]) -> None:
+    report["layers"][0]["may_change"] = report["layers"][0]["entries"]
+
+
 def other_schema(report: dict[str, Any], after: dict[str, torch.Tensor]) -> None:
     report["schema"] = 99
 
@@ -318,6 +376,7 @@ ALTERATIONS = [
     better_fraction,
     fewer_forgotten,
     nicer_layer,
+    freer_layer,
     other_schema,
     moved_entry,
 ]

@@ -459,6 +459,69 @@ def test_custom_loss_without_logits() -> None:
     assert run.report.selected_entries == plain.report.selected_entries
 
 
+def test_custom_loss_of_labels_that_no_score_reads() -> None:
+    """Fails if soft labels, which the error message sends to loss_fn, cannot be unlearned with it
+    because the scores that come first refuse them."""
+
+    def soft(data: TensorDataset) -> TensorDataset:
+        x, y = data.tensors
+        return TensorDataset(x, F.one_hot(y, 5).to(x.dtype))
+
+    def loss_fn(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    method = deepclean.DeepClean(gamma=GAMMA)
+    with pytest.raises(ValueError, match="loss_fn= measures soft or one-hot labels"):
+        deepclean.Session(network(), method).measure(soft(FORGET), soft(RETAIN))
+    run = deepclean.Session(network(), method, loss_fn=loss_fn).measure(soft(FORGET), soft(RETAIN))
+    assert "not computed: labels must be class indices" in run.report.scores["before"]
+    run.select()
+    plain = session(network()).measure(FORGET, RETAIN)
+    plain.select()
+    assert run.report.selected_entries == plain.report.selected_entries
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_dead_entries_in_batches_of_one(norm: bool) -> None:
+    """Fails if batches of one, which BatchNorm cannot normalise, leave every entry unseen and so
+    dead."""
+    found = []
+    for batch_size in (1, 8):
+        model = network() if norm else nn.Sequential(nn.Flatten(), nn.Linear(36, 5))
+        run = session(model, batch_size=batch_size).measure(FORGET, RETAIN)
+        run.select()
+        found.append(run.reset().report.dead_fraction)
+    assert found[0] < 0.5
+    assert found[1] < 0.5
+
+
+def test_resumed_run_keeps_what_it_reports() -> None:
+    """Fails if a resumed run updates statistics that its report says are frozen, or forgets the
+    steps from before."""
+    model = network()
+    run = session(model, norm_statistics="freeze").measure(FORGET, RETAIN)
+    run.select()
+    run.reset().guard()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    state = copy.deepcopy(run.state_dict())
+    run.close()
+    again = session(model).load_state_dict(state).guard()
+    before = model[1].running_mean.clone()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.01))
+    report = again.finish()
+    assert torch.equal(model[1].running_mean, before)
+    assert report.norm_statistics == "freeze"
+    assert report.optimizer_steps == 8
+    assert report.seconds["fine-tune"] > state["seconds"]["fine-tune"]
+
+
+def test_stored_diagonal_is_no_training_set() -> None:
+    """Fails if `unlearn` asks for a DataLoader around a diagonal."""
+    stored = deepclean.fisher_diagonal(network(), RETAIN, progress=False)
+    with pytest.raises(TypeError, match=r"stored diagonal has no samples; .* unlearning\("):
+        deepclean.unlearn(network(), FORGET, stored, method=deepclean.DeepClean(gamma=GAMMA))
+
+
 def test_averaged_copy_from_before_keeps_what_was_learned() -> None:
     """Fails if what the README says of averaged (EMA) copies no longer holds: a copy made before
     the reset keeps W_f, whatever is averaged into it later; one made after the reset does not."""

@@ -174,6 +174,7 @@ def test_other_methods(results: Results, method: str) -> None:
         ("half_of_the_ranks", "1 of the 2 ranks"),
         ("other_method", "the method assd needs them whole"),
         ("chosen_gamma", 'gamma="auto" needs them whole'),
+        ("unwritable", "no such folder"),
         ("mixed_samples", "mixes the samples"),
     ],
 )

@@ -54,6 +54,7 @@ class Dampened(DeepClean):
     """W_f is multiplied by I_Dr / I_Df, as SSD does, instead of becoming 0."""
 
     name = "dampened"
+    effect = "dampened"
 
     def new_values(
         self,
@@ -120,6 +121,7 @@ class Reselected(DeepClean):
     """W_f keeps its values: for rounds after the first, which only pick anew what may train."""
 
     name = "reselected"
+    effect = "left as they were, to be trained"
 
     def new_values(
         self,

@@ -49,6 +49,7 @@ class ClassProjection(Method):
     alpha_forget: float = 3.0
     estimator: LayerInputs = field(default_factory=LayerInputs)
     name = "class projection"
+    effect = "projected"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a hyper-parameter that is no positive number."""

@@ -38,6 +38,7 @@ class FisherForgetting(Method):
     forgotten_class: int | None = None
     seed: int = 0
     name = "fisher forgetting"
+    effect = "given noise"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a bad alpha, number of classes or class."""

@@ -31,6 +31,7 @@ class FisherMask(FineTune):
     classes: int
     share: float = 0.02
     name = "fisher mask"
+    effect = "reset to 0"
 
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1."""

@@ -44,7 +44,8 @@ class Method(ABC):
     """One unlearning method; a frozen dataclass whose fields are its hyper-parameters.
 
     `knob`: the hyper-parameter that widens the selection when lowered, for messages; empty where
-    selecting nothing or everything is what the method means. `own_training`: whether the method
+    selecting nothing or everything is what the method means. `effect`: what becomes of the selected
+    entries, as a participle, for the report. `own_training`: whether the method
     trains otherwise than by your loss on the retain set, so that only `unlearn()` can run it.
     `sharded`: whether `select` and `new_values` look at entries one by one (and count and compare
     whole tensors by way of `shards`), so that they serve a model under FSDP2.
@@ -54,6 +55,7 @@ class Method(ABC):
 
     name: str
     knob: ClassVar[str] = ""
+    effect: ClassVar[str] = "given new values"
     own_training: ClassVar[bool] = False
     resets_buffers: ClassVar[bool] = False
     sharded: ClassVar[bool] = False

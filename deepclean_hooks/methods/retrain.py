@@ -31,6 +31,7 @@ class Retrain(Method):
     build: Callable[[], nn.Module] | None = None
     seed: int = 0
     name = "retrain"
+    effect = "drawn anew"
     resets_buffers = True
 
     @property

@@ -28,6 +28,7 @@ class SalUn(RandomLabel):
 
     share: float = 0.5
     name = "salun"
+    effect = "left as they were, to be trained"
 
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1."""

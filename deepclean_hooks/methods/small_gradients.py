@@ -35,6 +35,7 @@ class MSG(FineTune):
     slow: float = 0.1
     seed: int = 0
     name = "msg"
+    effect = "drawn anew"
     own_training = True
 
     def __post_init__(self) -> None:

@@ -49,6 +49,7 @@ class SSD(Method):
     estimator: Estimator = field(default_factory=PerSampleFisher)
     fine_tune: bool = False
     name = "ssd"
+    effect = "dampened"
     knob = "alpha"
     sharded = True
 

@@ -22,6 +22,7 @@ class CT(FineTune):
     """
 
     name = "ct"
+    effect = "transposed"
 
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
         """All of them may train."""

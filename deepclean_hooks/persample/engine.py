@@ -291,6 +291,21 @@ class SquaredGradients:
 def _reference(loss_fn: LossFn) -> object:
     """What tells a loss from others without keeping it: it may hold the model that plans are of."""
     try:
-        return WeakMethod(loss_fn) if isinstance(loss_fn, MethodType) else ref(loss_fn)
-    except TypeError:  # a class with __slots__ that leaves no room for weak references
-        return loss_fn
+        found = WeakMethod(loss_fn) if isinstance(loss_fn, MethodType) else ref(loss_fn)
+        hash(found)
+        return found
+    except TypeError:  # a dataclass, or a class with __slots__ without room for weak references
+        return _Itself(loss_fn)
+
+
+class _Itself:
+    """Equal to that of the same object only, whatever that object says of itself; keeps it."""
+
+    def __init__(self, one: object) -> None:
+        self.one = one
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.one is self.one
+
+    def __hash__(self) -> int:
+        return id(self.one)
