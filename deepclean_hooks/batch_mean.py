@@ -10,6 +10,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class _BatchGradients(Estimator):
 
     batch_size: int
     additive = False
+    sums_samples: ClassVar[bool] = False  # whether the objective is a sum and not a mean
 
     @abstractmethod
     def objective(self, loss_fn: LossFn) -> Objective:
@@ -50,6 +52,14 @@ class _BatchGradients(Estimator):
         return rebatched(self, data, self.batch_size, name)
 
     accumulate: torch.dtype | None = None  # None: the weights' own, as the published code does
+
+    def _value(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
+        objective = self.objective(loss_fn)
+        if batches.size(batch) > 1:
+            return objective(model, batch)
+        # With its own copy: see persample.loop for the reason.
+        twice = objective(model, batches.rows(batch, torch.tensor([0, 0])))
+        return twice / 2 if self.sums_samples else twice
 
     def __call__(
         self,
@@ -77,7 +87,8 @@ class _BatchGradients(Estimator):
             with ranks.fail_together():
                 for batch in walked:
                     count += self.terms(batch)
-                    for key, gradient in _gradients(inner, batch, self.objective(loss_fn), wanted):
+                    value = self._value(inner, batch, loss_fn)
+                    for key, gradient in _gradients(value, wanted):
                         sums[key] += self.term(gradient)
         ranks.sum_over_ranks(sums)
         count = sum(ranks.gather(count))
@@ -87,10 +98,7 @@ class _BatchGradients(Estimator):
         return Measurement(sums, count, samples, settings)
 
 
-def _gradients(
-    model: nn.Module, batch: Batch, objective: Objective, wanted: dict[str, nn.Parameter]
-) -> Iterator[tuple[str, Tensor]]:
-    value = objective(model, batch)
+def _gradients(value: Tensor, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
     found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
     for name, gradient in zip(wanted, found, strict=True):
         if gradient is not None:
@@ -171,6 +179,7 @@ class MeanGradient(_BatchGradients):
     batch_size: int = 64
     additive = True
     accumulate = torch.float64
+    sums_samples = True
 
     def source(self, data: Samples, name: str) -> Samples:
         """In batches of its own size where it can choose, on any number of ranks."""

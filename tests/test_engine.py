@@ -6,15 +6,19 @@ import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from cases import CASES, Tied
 from deepclean_hooks import fisher_diagonal, measure
+from deepclean_hooks.batch_mean import MeanGradient, OutputMagnitude
+from deepclean_hooks.losses import cross_entropy
 from deepclean_hooks.persample import accumulate, device, outer
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.rules.convolution import SMALL_MAP
 from deepclean_hooks.persample.rules.linear import Linear
+from deepclean_hooks.samples import samples_of
 from reference import relative_error, squared_gradients
 
 
@@ -34,6 +38,27 @@ def test_last_batch_of_one(name: str) -> None:
     assert relative_error(found.sums, truth) <= 1e-9
     alone = fisher_diagonal(model, TensorDataset(x, y), batch_size=1)
     assert relative_error(alone.sums, truth) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["timm levit", "timm xcit"])
+def test_batch_gradients_of_one_sample(name: str) -> None:
+    """Fails if the estimators of whole batches show PyTorch a batch of one: a mean over samples,
+    and a sum."""
+    model, x, y = double(name, 1)
+    model.eval()
+    options = {"loss_fn": cross_entropy, "parameters": lambda name, p: True, "name": "forget"}
+    weights = dict(model.named_parameters())
+    for estimator in (MeanGradient(), OutputMagnitude(batch_size=1)):
+        found = estimator(model, samples_of(TensorDataset(x, y)), progress=False, **options)
+        twice = model(x.repeat(2, 1, 1, 1))
+        value = F.cross_entropy(twice, y.repeat(2))
+        if isinstance(estimator, OutputMagnitude):
+            value = twice.square().sum(1).mean()
+        truth = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+        for (name, _), gradient in zip(weights.items(), truth, strict=True):
+            expected = estimator.term(gradient)
+            off = (found.sums[name] - expected).abs().max()
+            assert off <= 1e-9 * expected.abs().max().clamp_min(1e-9), name
 
 
 def test_native_batch_norm_is_wrong_for_a_batch_of_one() -> None:
