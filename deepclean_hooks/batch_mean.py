@@ -140,6 +140,10 @@ class BatchMean(_BatchGradients):
             loss_fn(model, batch), batches.size(batch)
         ).mean()
 
+    def _value(self, model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
+        """A batch of one by itself too, as in the published code, which it follows bit for bit."""
+        return self.objective(loss_fn)(model, batch)
+
     def term(self, gradient: Tensor) -> Tensor:
         """Its square."""
         return gradient.square()
