@@ -32,12 +32,9 @@ def network() -> nn.Module:
     return testing.network().to(second_device.NAME)
 
 
-def test_images() -> TensorDataset:
+def unseen_images() -> TensorDataset:
     generator = torch.Generator().manual_seed(2)
     return TensorDataset(torch.randn(24, 1, 6, 6, generator=generator), torch.arange(24) % 4)
-
-
-test_images.__test__ = False  # a set of test images, and no test
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -100,7 +97,7 @@ def test_whole_run_with_scores(name: str) -> None:
         RETAIN,
         method=METHODS[name],
         epochs=1,
-        test=test_images(),
+        test=unseen_images(),
         forget_test=FORGET,
         gold=[testing.network(), network()],
         **OPTIONS,
@@ -204,7 +201,7 @@ def test_evaluation() -> None:
         network(),
         forget=FORGET,
         retain=RETAIN,
-        test=test_images(),
+        test=unseen_images(),
         gold=[testing.network(), network()],
         untrained=testing.network(),
         probe=True,

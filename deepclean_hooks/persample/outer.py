@@ -167,20 +167,16 @@ def _tiled(grad: Tensor, data: Tensor, into: Tensor | None) -> Tensor:
     """All samples over one tile of the (D, O) result after the other: for results larger than the
     cache."""
     outputs, inputs = grad.shape[2], data.shape[2]
-    own = fitting(into, inputs, outputs)
-    total = grad.new_empty(inputs, outputs) if own is None else own
+    total = start(into, grad, inputs, outputs)
     step = max(16, min(inputs, TILE_BYTES // (grad.element_size() * outputs)))
     grad = grad.contiguous()
     for first in range(0, inputs, step):
         tile = total[first : first + step]
-        lanes = Lanes(len(grad), None if own is None else tile, grad, *tile.shape)
+        lanes = Lanes(len(grad), tile, grad, *tile.shape)
         buffer = torch.empty_like(lanes.total)
         part = data[:, :, first : first + step].transpose(1, 2)  # (N, step, T)
         several = torch.split(grad, lanes.count), torch.split(part, lanes.count)
         for at, (g, x) in enumerate(zip(*several, strict=True)):
             square_each(lanes.total, x, g, buffer, lanes.empty and not at)
-        if own is None:
-            tile.copy_(lanes.sum())
-        else:
-            lanes.sum()
+        lanes.sum()  # into the tile
     return total
