@@ -30,16 +30,16 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import losses
-from deepclean_hooks.batch_mean import BatchMean
-from deepclean_hooks.estimators import Estimator
-from deepclean_hooks.gram import InputGrams, LayerInputs
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.data import losses
+from deepclean_hooks.data.samples import samples_of
+from deepclean_hooks.measure.batch_mean import BatchMean
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import ASSD, SSD, ClassProjection, FineTune
 from deepclean_hooks.methods.class_projection import search
-from deepclean_hooks.report import versions
-from deepclean_hooks.samples import samples_of
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.report.report import versions
+from deepclean_hooks.stored.files import written_whole
 from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from deepclean_hooks import plots
+from deepclean_hooks.report import plots
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "benchmarks" / "results" / "gamma_auto_cifar10.json"

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclean_hooks import measure
-from deepclean_hooks.losses import cross_entropy
+from deepclean_hooks.data.losses import cross_entropy
+from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.loop import squared_gradients
 from peers import compared
@@ -142,7 +142,7 @@ def made(
 @contextlib.contextmanager
 def as_measured(model: nn.Module) -> Iterator[None]:
     """As `fisher_diagonal` runs a model, TF32 on all the same if that was asked for."""
-    with measure.no_trace(model):
+    with no_trace.no_trace(model):
         if tf32:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         yield

@@ -25,8 +25,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.gamma import GAMMAS
-from deepclean_hooks.gamma_auto import choose_gamma
+from deepclean_hooks.tuning.gamma_auto import choose_gamma
+from deepclean_hooks.tuning.gamma_sweep import GAMMAS
 from result_file import write
 
 ROOT = Path(__file__).resolve().parent.parent

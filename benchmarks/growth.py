@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fisher
-from deepclean_hooks import measure
+from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample.engine import SquaredGradients
 from result_file import write
 
@@ -47,7 +47,7 @@ def ratio(model: nn.Module, size: int, batch: int, repeats: int = 3) -> Row:
         (torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))) for _ in range(2)
     ]
     plain, exact = [], []
-    with measure.no_trace(model):
+    with no_trace.no_trace(model):
         engine = SquaredGradients(model, dict(model.named_parameters()))
         engine.plan_for(batches[0])
         fisher.plain(model, batches[:1])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fisher
-from deepclean_hooks.guard import Guard
+from deepclean_hooks.guard.guard import Guard
 from fisher import ON_GPU, resnet18, timm_model
 from result_file import write
 

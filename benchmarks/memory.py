@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from deepclean_hooks import measure
+from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample.engine import SquaredGradients
 from fisher import MODELS, exact, plain
 from result_file import write
@@ -71,7 +71,7 @@ def grown(name: str, what: str, where: str) -> None:
         (torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,)))
         for _ in range(3)
     ]
-    with measure.no_trace(model):
+    with no_trace.no_trace(model):
         parameters = dict(model.named_parameters())
         few = [(x[:2], y[:2]) for x, y in batches[:1]]
         plain(model, few)

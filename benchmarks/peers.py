@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclean_hooks.losses import cross_entropy
+from deepclean_hooks.data.losses import cross_entropy
 from deepclean_hooks.persample.loop import squared_gradients
 
 Batch = tuple[Tensor, Tensor]

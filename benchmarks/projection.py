@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import measure
-from deepclean_hooks.gram import Grams, LayerInputs
+from deepclean_hooks.measure.layer_inputs import Grams, LayerInputs
 from deepclean_hooks.methods import ClassProjection
+from deepclean_hooks.model import no_trace
 from fisher import resnet18, timm_model
 from result_file import write
 
@@ -83,7 +83,7 @@ def measured(name: str, repeats: int) -> dict[str, Any]:
     model = build().eval()
     weights = {n: p for n, p in model.named_parameters() if p.dim() >= 2}
     sets = [torch.randn(batch_size, 3, size, size) for _ in range(2)]
-    with measure.no_trace(model), torch.no_grad():
+    with no_trace.no_trace(model), torch.no_grad():
         plain = seconds(lambda: model(sets[0]), repeats)
         kept, spent = [], []
         for images in [*sets[:1] * repeats, *sets]:  # 1.2 GiB of Gram matrices for a ResNet-18

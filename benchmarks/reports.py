@@ -32,12 +32,12 @@ from torch import nn
 
 import deepclean_hooks as deepclean
 import result_file
-from deepclean_hooks.batch_mean import BatchMean
+from deepclean_hooks.measure.batch_mean import BatchMean
 from deepclean_hooks.metrics.gold import spreads
 from deepclean_hooks.metrics.pools import klom, margins, ulira
 from deepclean_hooks.metrics.relearn import relearn_steps
-from deepclean_hooks.report import Report
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.report.report import Report
+from deepclean_hooks.stored.files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
@@ -242,7 +242,7 @@ def by_seed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def brief(told: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one evaluation for the JSON."""
-    from deepclean_hooks.report_rows import figures_of
+    from deepclean_hooks.report.rows import figures_of
 
     figures = {name: value for name, value in figures_of(told).items() if name in FIGURES}
     figures |= {name: one["value"] for name, one in told["distances"].items()}

@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.fisher import fisher_diagonal
+from deepclean_hooks.measure.fisher import fisher_diagonal
 from deepclean_hooks.methods import DeepClean
 from result_file import write
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepclean_hooks.report import versions
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.report.report import versions
+from deepclean_hooks.stored.files import written_whole
 from machine import machine
 
 

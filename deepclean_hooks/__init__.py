@@ -9,13 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from deepclean_hooks._version import __version__
-from deepclean_hooks.batch_mean import BatchMean
-from deepclean_hooks.evaluate import Evaluation, evaluate
-from deepclean_hooks.fisher import FisherDiagonal, fisher_diagonal
-from deepclean_hooks.gamma import GammaSweep, gamma_sweep
-from deepclean_hooks.gamma_auto import GammaChoice, choose_gamma
-from deepclean_hooks.guard import Guard, GuardError
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.guard.guard import Guard, GuardError
+from deepclean_hooks.measure.batch_mean import BatchMean
+from deepclean_hooks.measure.fisher import FisherDiagonal, fisher_diagonal
 from deepclean_hooks.methods import (
     ASSD,
     CT,
@@ -37,9 +34,12 @@ from deepclean_hooks.methods import (
     Retrain,
     SalUn,
 )
+from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
 from deepclean_hooks.persample.explain import Explanation, explain
-from deepclean_hooks.report import Report
+from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
+from deepclean_hooks.tuning.gamma_auto import GammaChoice, choose_gamma
+from deepclean_hooks.tuning.gamma_sweep import GammaSweep, gamma_sweep
 
 if TYPE_CHECKING:
     from deepclean_hooks.integrations.accelerator import DeepCleanHook

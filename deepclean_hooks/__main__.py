@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from deepclean_hooks import checkpoint
-from deepclean_hooks.verify import verify
+from deepclean_hooks.report.verify import verify
+from deepclean_hooks.stored import checkpoint
 
 
 def main(arguments: list[str] | None = None) -> int:

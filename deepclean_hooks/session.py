@@ -13,36 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deepclean_hooks import (
-    bits,
-    checkpoint,
-    dead,
-    gamma_auto,
-    identifiers,
-    losses,
-    masks,
-    measure,
-    overlap,
-    ranks,
-    shards,
-)
-from deepclean_hooks.estimators import PerSampleFisher, shared_samples, together
-from deepclean_hooks.evaluate import Gold, evaluate
-from deepclean_hooks.gamma import grid
-from deepclean_hooks.guard import Guard, NormStatistics, require_unguarded
-from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measurement import Measurement
-from deepclean_hooks.methods.method import Mask, Method, Selection
-from deepclean_hooks.norm_statistics import require_choice
-from deepclean_hooks.report import Layer, Report
-from deepclean_hooks.samples import (
+from deepclean_hooks import ranks
+from deepclean_hooks.data import losses
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import (
     Data,
     Samples,
     changes_from_pass_to_pass,
     require_same_on_ranks,
     samples_of,
 )
-from deepclean_hooks.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.guard.guard import Guard, NormStatistics, require_unguarded
+from deepclean_hooks.guard.norm_statistics import require_choice
+from deepclean_hooks.measure import dead, stored_retain
+from deepclean_hooks.measure.estimator import PerSampleFisher, shared_samples, together
+from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.metrics.evaluate import Gold, evaluate
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.ranks import shards
+from deepclean_hooks.report import forgotten as identifiers
+from deepclean_hooks.report.report import Layer, Report
+from deepclean_hooks.stored import bits, checkpoint, masks
+from deepclean_hooks.tuning import gamma_auto
+from deepclean_hooks.tuning.gamma_sweep import grid
 
 PHASES = ("new", "measured", "selected", "reset", "guarded", "finished")
 
@@ -137,7 +132,7 @@ class Session:
         with self._timed("fisher"):
             self._forget = self._measured("forget")
             if isinstance(retain, Measurement):
-                served = overlap.of_both if self.method.joint else overlap.without
+                served = stored_retain.of_both if self.method.joint else stored_retain.without
                 self._retain = served(retain, self._forget)
             else:
                 self._retain = self._measured("retain")
@@ -145,7 +140,7 @@ class Session:
         if self.method.joint:
             shared, retained = shared_samples(self._forget, self._retain), retained - forgotten
         else:
-            shared = overlap.shared_content(self._forget, self._retain)
+            shared = stored_retain.shared_content(self._forget, self._retain)
         if shared:
             self._warn(
                 f"{shared} of the {forgotten} forget samples stand in the retain set with "
@@ -215,7 +210,7 @@ class Session:
             if self.method.resets_buffers:
                 for name, buffer in unwrap(self.model).named_buffers():
                     buffer.copy_(values.get(name, buffer))
-            measure.drop_caches(unwrap(self.model))
+            no_trace.drop_caches(unwrap(self.model))
             self._facts["frozen_digest"] = masks.frozen_digest(weights, self._free)
         self._count_dead()
         self._forget = self._retain = None  # 2 x 8 bytes an entry that nothing needs any more
@@ -460,7 +455,7 @@ class Session:
         with ranks.fail_together():
             for name, data in sets.items():
                 self._sets[name] = samples_of(data, name=name, **self._reading)
-            overlap.refuse_shared_indices(self._sets)
+            stored_retain.refuse_shared_indices(self._sets)
 
     def _expect(self, phase: str, call: str) -> None:
         if self._phase != phase:

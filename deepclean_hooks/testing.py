@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from deepclean_hooks.bits import differing
 from deepclean_hooks.integrations.recipe import unlearn
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.session import Session
+from deepclean_hooks.stored.bits import differing
 
 CLASSES = 4
 

@@ -11,16 +11,18 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 
-from deepclean_hooks import ranks, sealed, shards
-from deepclean_hooks.evaluate import Evaluation
-from deepclean_hooks.guard import NormStatistics
-from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks import ranks
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import Data
+from deepclean_hooks.guard.guard import NormStatistics
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.samples import Data
-from deepclean_hooks.sealed import BrokenRun
+from deepclean_hooks.metrics.evaluate import Evaluation
+from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.ranks import shards
 from deepclean_hooks.session import Session
-from deepclean_hooks.wrappers import unwrap
+from deepclean_hooks.stored import sealed
+from deepclean_hooks.stored.sealed import BrokenRun
 
 
 class DeepCleanHook:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from deepclean_hooks.evaluate import Gold
-from deepclean_hooks.guard import NormStatistics
-from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import Data
+from deepclean_hooks.guard.guard import NormStatistics
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.samples import Data
+from deepclean_hooks.metrics.evaluate import Gold
 from deepclean_hooks.session import Session
 
 

@@ -13,15 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from deepclean_hooks import batches, losses, measure, ranks
+from deepclean_hooks import ranks
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.samples import Data, samples_of
 from deepclean_hooks.integrations.loop import walked
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.training import Step
-from deepclean_hooks.report import Report
-from deepclean_hooks.samples import Data, samples_of
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
-from deepclean_hooks.wrappers import unwrap
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,13 +134,13 @@ def _fine_tune(
     optimizer: Any = make(trained)
     steps = epochs * len(retain)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    device = measure.device_of(unwrap(model))
+    device = no_trace.device_of(unwrap(model))
     backward: Any = torch.Tensor.backward
     if accelerator is not None:
         optimizer, retain = accelerator.prepare(optimizer, retain)
         backward = accelerator.backward
     hidden = None if progress and ranks.is_first() else True
-    with measure.training(model), tqdm(total=steps, desc="fine-tune", disable=hidden) as bar:
+    with no_trace.training(model), tqdm(total=steps, desc="fine-tune", disable=hidden) as bar:
         for _ in range(epochs):
             for batch in retain:
                 batch = batches.to(batch, device)
@@ -173,8 +175,8 @@ def _train_by_method(
     optimizer = make(list(trained.values()))
     steps = epochs * training.length(forget, retain)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    device = measure.device_of(model)
-    with measure.training(model), tqdm(disable=None if progress else True, total=steps) as bar:
+    device = no_trace.device_of(model)
+    with no_trace.training(model), tqdm(disable=None if progress else True, total=steps) as bar:
         for epoch in range(epochs):
             for gone, kept in training.pairs(forget, retain, epoch):
                 gone, kept = batches.to(gone, device), batches.to(kept, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepclean_hooks import ranks
-from deepclean_hooks.report import Report
+from deepclean_hooks.report.report import Report
 
 
 def write_report(report: Report, folder: Path) -> None:

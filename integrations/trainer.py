@@ -26,20 +26,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from deepclean_hooks import losses, ranks, sealed
-from deepclean_hooks.evaluate import Evaluation, evaluate
-from deepclean_hooks.follow import follow, weakly
-from deepclean_hooks.guard import NormStatistics
+from deepclean_hooks import ranks
+from deepclean_hooks.data import losses
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import Data
+from deepclean_hooks.guard.follow import follow, weakly
+from deepclean_hooks.guard.guard import NormStatistics
 from deepclean_hooks.integrations.run_output import selection_figures, write_report
-from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import DeepClean
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.report import Report
-from deepclean_hooks.samples import Data
-from deepclean_hooks.sealed import BrokenRun
+from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
+from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
-from deepclean_hooks.wrappers import unwrap
+from deepclean_hooks.stored import sealed
+from deepclean_hooks.stored.sealed import BrokenRun
 
 FILE = "deepclean.pt"  # in every checkpoint folder, beside the weights
 _log = logging.getLogger(__name__)

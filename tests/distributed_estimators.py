@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import losses
-from deepclean_hooks.estimators import Estimator
-from deepclean_hooks.expected_fisher import ExpectedFisher
-from deepclean_hooks.gram import LayerInputs, SampledPatches
-from deepclean_hooks.samples import samples_of
+from deepclean_hooks.data import losses
+from deepclean_hooks.data.samples import samples_of
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.expected_fisher import ExpectedFisher
+from deepclean_hooks.measure.layer_inputs import LayerInputs, SampledPatches
 from distributed_worker import network, run_all, samples
 
 METHODS: dict[str, deepclean.Method] = {

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.bits import differing, digest
+from deepclean_hooks.stored.bits import differing, digest
 
 METHOD = deepclean.DeepClean(gamma=1.1)
 
@@ -420,7 +420,7 @@ def run_all(checks: dict[str, Callable[[int], Any]], folder: Path) -> None:
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         with contextlib.suppress(ImportError):
-            from deepclean_hooks import guard
+            from deepclean_hooks.guard import guard
 
             guard._guarded.clear()
         dist.barrier()

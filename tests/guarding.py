@@ -10,7 +10,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional
 from torch.optim import optimizer as torch_optimizer
 
-from deepclean_hooks.bits import differing
+from deepclean_hooks.stored.bits import differing
 from optimizers import OPTIMIZERS, Row
 
 Masks = dict[str, Tensor]

@@ -15,7 +15,7 @@ import deepclean_hooks as deepclean
 import second_device
 from cases import CASES
 from deepclean_hooks import testing
-from deepclean_hooks.methods import retrain
+from deepclean_hooks.methods.baselines import retrain
 from deepclean_hooks.metrics import pools, relearn
 from reference import relative_error, squared_gradients
 from test_methods import METHODS

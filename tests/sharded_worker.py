@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, TensorDataset
 import cases
 import deepclean_hooks as deepclean
 import distributed_worker as plain
-from deepclean_hooks import shards
-from deepclean_hooks.fisher import FisherDiagonal
-from deepclean_hooks.wrappers import unwrap
+from deepclean_hooks.measure.fisher import FisherDiagonal
+from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.ranks import shards
 
 FOLDER = Path()
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.sealed import BrokenRun
+from deepclean_hooks.stored.sealed import BrokenRun
 from training import (
     FORGET,
     METHOD,

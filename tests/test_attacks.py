@@ -18,9 +18,9 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from deepclean_hooks.evaluate import Evaluation, evaluate
 from deepclean_hooks.metrics import attack
 from deepclean_hooks.metrics.attack import THRESHOLDS
+from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
 from deepclean_hooks.metrics.outputs import Outputs, scores_of
 from deepclean_hooks.metrics.rmia import GAMMA, OFFLINE, scores
 from planted import CLASSES, FORGET, RETAIN, SETS, TEST, gold, network, original

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-from deepclean_hooks.bits import differing
-from deepclean_hooks.guard import Guard
+from deepclean_hooks.guard.guard import Guard
+from deepclean_hooks.stored.bits import differing
 from guarding import Masks, changed, loss_of, plant, small, snapshot
 from test_guard import hooks_on
 

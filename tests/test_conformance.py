@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import testing
-from deepclean_hooks.batch_mean import BatchMean
-from deepclean_hooks.estimators import Estimator, PerSampleFisher
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.measure.batch_mean import BatchMean
+from deepclean_hooks.measure.estimator import Estimator, PerSampleFisher
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import DeepClean, FineTune, Mask, Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the reset entries are dead:UserWarning")

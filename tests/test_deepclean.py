@@ -12,8 +12,8 @@ from torch.utils.data import TensorDataset
 
 from cases import CASES
 from deepclean_hooks import DeepClean, FisherDiagonal, fisher_diagonal
-from deepclean_hooks.bits import differing
 from deepclean_hooks.methods.deepclean import NOISE_IN_EPS, rounding_noise
+from deepclean_hooks.stored.bits import differing
 
 VALUES = st.sampled_from([0.0, 1e-300, 0.25, 0.5, 1.0, 1.1, 2.0, 2.2, 3.0, 4.0, 1e12])
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from cases import CASES, Tied
-from deepclean_hooks import fisher_diagonal, measure
-from deepclean_hooks.batch_mean import MeanGradient, OutputMagnitude
-from deepclean_hooks.losses import cross_entropy
+from deepclean_hooks import fisher_diagonal
+from deepclean_hooks.data.losses import cross_entropy
+from deepclean_hooks.data.samples import samples_of
+from deepclean_hooks.measure.batch_mean import MeanGradient, OutputMagnitude
+from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample import accumulate, device, outer
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.rules.convolution import SMALL_MAP
 from deepclean_hooks.persample.rules.linear import Linear
-from deepclean_hooks.samples import samples_of
 from reference import relative_error, squared_gradients
 
 
@@ -88,7 +89,7 @@ def test_memory_budget_bounds_per_sample_gradients() -> None:
     model = Tied().double().eval()
     parameters = dict(model.named_parameters())
     sizes: list[int] = []
-    with measure.no_trace(model):
+    with no_trace.no_trace(model):
         engine = SquaredGradients(model, parameters, memory_budget=2**20)
         x, y = torch.randn(8, 3, 6, 6, dtype=torch.float64), torch.arange(8)
         engine.memory_budget = 2 * engine.plan_for((x, y)).bytes_per_sample

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from deepclean_hooks import bits
-from deepclean_hooks.evaluate import Evaluation, evaluate
+from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
+from deepclean_hooks.stored import bits
 
 CLASSES = 5
 

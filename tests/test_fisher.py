@@ -20,8 +20,11 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from deepclean_hooks import SSD, FisherDiagonal, Session, batches, fisher_diagonal, measure, ranks
-from deepclean_hooks.samples import samples_of
+from deepclean_hooks import SSD, FisherDiagonal, Session, fisher_diagonal, ranks
+from deepclean_hooks.data import batches
+from deepclean_hooks.data.samples import samples_of
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.ranks import collectives
 from reference import relative_error, squared_gradients
 
 
@@ -214,7 +217,7 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Path(name).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("deepclean_hooks.measurement.save_file", broken)
+    monkeypatch.setattr("deepclean_hooks.measure.measurement.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         stored.save(path)
     assert path.read_bytes() == before
@@ -387,11 +390,11 @@ def test_ranks_fail_by_the_same_kind_of_error(
     """Fails if one rank catches an error that comes as another one elsewhere: json's own errors are
     ValueErrors."""
     told: list[object] = []
-    monkeypatch.setattr(ranks, "gather", lambda value: [told.append(value) or value])
+    monkeypatch.setattr(collectives, "gather", lambda value: [told.append(value) or value])
     with pytest.raises(json.JSONDecodeError), ranks.fail_together():
         json.loads("{")
     assert told[0][0] == "ValueError"
-    monkeypatch.setattr(ranks, "gather", lambda value: [value, (name, "there")])
+    monkeypatch.setattr(collectives, "gather", lambda value: [value, (name, "there")])
     with pytest.raises(raised, match="another rank failed: there"), ranks.fail_together():
         pass
 
@@ -399,7 +402,7 @@ def test_ranks_fail_by_the_same_kind_of_error(
 def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a Mac's GPU meets its limit somewhere inside, with torch's words for it."""
     data = TensorDataset(torch.zeros(4, 1, 6, 6, dtype=torch.float64), torch.arange(4))
-    monkeypatch.setattr(measure, "device_of", lambda _: torch.device("mps"))
+    monkeypatch.setattr(no_trace, "device_of", lambda _: torch.device("mps"))
     with pytest.raises(ValueError, match=r"float64, .* mps does not have; .*model.cpu\(\)"):
         fisher_diagonal(network(), data)
     with pytest.raises(ValueError, match="mps does not have"):

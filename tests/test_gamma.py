@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import bits, estimators
-from deepclean_hooks.gamma import gamma_sweep
+from deepclean_hooks.measure import estimator
+from deepclean_hooks.stored import bits
+from deepclean_hooks.tuning.gamma_sweep import gamma_sweep
 from planted import FORGET, RETAIN, TEST, gold, original
 
 GAMMAS = (5.0, 1.0, 2.0)
@@ -51,7 +52,7 @@ def test_data_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(str(options["name"]))
         return deepclean.fisher_diagonal(*args, **options)
 
-    monkeypatch.setattr(estimators, "fisher_diagonal", counted)
+    monkeypatch.setattr(estimator, "fisher_diagonal", counted)
     gamma_sweep(original(), FORGET, RETAIN, gammas=GAMMAS, scores=False)
     assert calls == ["forget", "retain"]
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import bits, gamma_auto
-from deepclean_hooks.gamma_auto import Behaviour, GammaTrial, choose_gamma, verdict
+from deepclean_hooks.stored import bits
+from deepclean_hooks.tuning import gamma_auto
+from deepclean_hooks.tuning.gamma_auto import Behaviour, GammaTrial, choose_gamma, verdict
 from planted import FORGET, RETAIN, SETS, drawn, original
 from test_distributed import launch
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional
 
-from deepclean_hooks.bits import differing
-from deepclean_hooks.guard import Guard
+from deepclean_hooks.guard.guard import Guard
+from deepclean_hooks.stored.bits import differing
 from guarding import (
     changed,
     data,

@@ -10,9 +10,9 @@ from torch import Tensor, nn, optim
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from deepclean_hooks import held
-from deepclean_hooks.bits import bits, differing
-from deepclean_hooks.guard import Guard
+from deepclean_hooks.guard import held
+from deepclean_hooks.guard.guard import Guard
+from deepclean_hooks.stored.bits import bits, differing
 from guarding import (
     changed,
     data,

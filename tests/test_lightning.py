@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.methods import SSD
-from deepclean_hooks.sealed import BrokenRun
+from deepclean_hooks.stored.sealed import BrokenRun
 from training import FORGET, METHOD, RETAIN, bits_of, hooks, moved, same_bits
 
 with warnings.catch_warnings():

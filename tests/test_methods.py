@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.batch_mean import BatchMean, OutputMagnitude
-from deepclean_hooks.bits import differing
-from deepclean_hooks.losses import cross_entropy
+from deepclean_hooks.data.losses import cross_entropy
+from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
+from deepclean_hooks.methods.baselines.retrain import fresh
 from deepclean_hooks.methods.class_projection import ClassProjection
-from deepclean_hooks.methods.retrain import fresh
 from deepclean_hooks.methods.training import Step
+from deepclean_hooks.stored.bits import differing
 from deepclean_hooks.testing import CHECKS, network, sets
 
 METHODS = {

@@ -18,12 +18,12 @@ from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from deepclean_hooks import bits
-from deepclean_hooks.evaluate import evaluate
 from deepclean_hooks.metrics import distance, outputs
 from deepclean_hooks.metrics.calibration import calibration_error
+from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.metrics.gold import AVERAGED, spreads
 from deepclean_hooks.metrics.relearn import relearn_steps
+from deepclean_hooks.stored import bits
 from planted import CLASSES, FORGET, RETAIN, SETS, TEST, WIDTH, gold, network, original
 
 

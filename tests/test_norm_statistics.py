@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from deepclean_hooks.guard import Guard, GuardError
+from deepclean_hooks.guard.guard import Guard, GuardError
 from guarding import (
     data,
 )

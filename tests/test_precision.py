@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepclean_hooks import measure
+from deepclean_hooks.model import no_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 NEW = hasattr(torch.backends.cudnn, "conv")  # the interface of torch 2.9
@@ -21,7 +21,7 @@ def test_tf32_is_off_inside_and_back_after() -> None:
     try:
         for on in ((True, True), (True, False), (False, True)):
             matmul.allow_tf32, cudnn.allow_tf32 = on
-            with pytest.raises(KeyError), measure.no_trace(nn.Linear(2, 2)):
+            with pytest.raises(KeyError), no_trace.no_trace(nn.Linear(2, 2)):
                 assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
                 raise KeyError
             assert (matmul.allow_tf32, cudnn.allow_tf32) == on
@@ -36,7 +36,7 @@ from deepclean_hooks import measure
 parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 for part in parts:
     part.fp32_precision = "tf32"
-with measure.no_trace(nn.Linear(2, 2)):
+with no_trace.no_trace(nn.Linear(2, 2)):
     assert [part.fp32_precision for part in parts] == ["ieee", "ieee"]
 assert [part.fp32_precision for part in parts] == ["tf32", "tf32"]
 """
@@ -68,7 +68,7 @@ def test_tf32_would_be_seen_on_a_gpu() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         coarse = error()
-        with measure.no_trace(model):
+        with no_trace.no_trace(model):
             fine = error()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = was

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.bits import differing
-from deepclean_hooks.evaluate import evaluate
-from deepclean_hooks.gram import InputGrams, LayerInputs, SampledPatches
+from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs, SampledPatches
 from deepclean_hooks.methods.class_projection import ClassProjection, search
+from deepclean_hooks.metrics.evaluate import evaluate
+from deepclean_hooks.stored.bits import differing
 
 ALPHAS = (100.0, 3.0)
 
@@ -207,8 +207,8 @@ def test_equals_the_decomposition_of_stored_activations(
 
 def grams(kind: str, data: TensorDataset, how: LayerInputs, batch_size: int = 7) -> InputGrams:
     """The Gram matrices of a set."""
-    from deepclean_hooks.losses import cross_entropy
-    from deepclean_hooks.samples import samples_of
+    from deepclean_hooks.data.losses import cross_entropy
+    from deepclean_hooks.data.samples import samples_of
 
     return how(
         build(kind),

@@ -10,7 +10,7 @@ import torch
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.methods import FineTune, Method
-from deepclean_hooks.methods.published import PUBLISHED
+from deepclean_hooks.methods.baselines.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from deepclean_hooks.evaluate import evaluate
 from deepclean_hooks.metrics import distance
+from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.metrics.outputs import Outputs, scores_of
 from deepclean_hooks.metrics.pools import klom, ulira
 from planted import CLASSES, FORGET, RETAIN, SETS, TEST, gold, joined, original

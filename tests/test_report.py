@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import batches, checkpoint, identifiers, report_rows
 from deepclean_hooks.__main__ import main
-from deepclean_hooks.gamma import gamma_sweep
-from deepclean_hooks.report_rows import figures_of
-from deepclean_hooks.verify import verify
+from deepclean_hooks.data import batches
+from deepclean_hooks.report import forgotten
+from deepclean_hooks.report import rows as report_rows
+from deepclean_hooks.report.rows import figures_of
+from deepclean_hooks.report.verify import verify
+from deepclean_hooks.stored import checkpoint
+from deepclean_hooks.tuning.gamma_sweep import gamma_sweep
 from planted import CLASSES, FORGET, RETAIN, TEST, WIDTH, gold, joined, original
 
 
@@ -81,9 +84,9 @@ def test_forgotten_samples_are_named_by_salted_hashes_only(report: deepclean.Rep
     for fingerprint in batches.sample_ids(batch):
         assert str(fingerprint) not in told
         assert fingerprint.to_bytes(8, "little", signed=True).hex() not in told
-    assert all(identifiers.among(report.forgotten, batch))
+    assert all(forgotten.among(report.forgotten, batch))
     others = torch.utils.data.default_collate([TEST[i] for i in range(50)])
-    assert not any(identifiers.among(report.forgotten, others))
+    assert not any(forgotten.among(report.forgotten, others))
     again = unlearned(copy.deepcopy(original()), scores=False).forgotten
     assert again["salt"] != report.forgotten["salt"]
     assert not set(again["hashes"]) & set(report.forgotten["hashes"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import losses
+from deepclean_hooks.data import losses
 from deepclean_hooks.persample import remembered
 from deepclean_hooks.persample.engine import SquaredGradients
 from reference import relative_error

@@ -14,8 +14,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.bits import differing
-from deepclean_hooks.guard import GuardError
+from deepclean_hooks.guard.guard import GuardError
+from deepclean_hooks.stored.bits import differing
 
 GAMMA = 1.1
 

@@ -188,7 +188,7 @@ def test_stored_shards_are_an_ordinary_file(tmp_path: Path) -> None:
     """Fails if the tensors of a file that was written one by one are not where its header says."""
     from safetensors.torch import load_file
 
-    from deepclean_hooks import tensor_file
+    from deepclean_hooks.stored import tensor_file
 
     tensors = {
         "odd": torch.arange(7, dtype=torch.int64),

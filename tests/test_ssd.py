@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import losses
-from deepclean_hooks.batch_mean import BatchMean, OutputMagnitude
-from deepclean_hooks.bits import differing
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.data import losses
+from deepclean_hooks.data.samples import samples_of
+from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import ASSD, LFSSD, SSD
-from deepclean_hooks.samples import samples_of
+from deepclean_hooks.stored.bits import differing
 from reference import squared_gradients
 
 

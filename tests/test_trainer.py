@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 import deepclean_hooks as deepclean
-from deepclean_hooks import masks, sealed
 from deepclean_hooks.integrations import trainer as adapter
 from deepclean_hooks.methods import Selection
-from deepclean_hooks.sealed import BrokenRun
+from deepclean_hooks.stored import masks, sealed
+from deepclean_hooks.stored.sealed import BrokenRun
 from test_distributed import launch
 from training import (
     FORGET,

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.bits import differing
+from deepclean_hooks.stored.bits import differing
 
 CLASSES, SIZE = 4, 8
 METHOD = deepclean.DeepClean(gamma=1.1)

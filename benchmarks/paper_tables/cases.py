@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.stored.files import written_whole
 from scenarios import Data, Scenario
 
 from .models import Trained, gold, original, scenario

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.stored.files import written_whole
 from scenarios import Data, loader
 
 from .cases import MEASURED, Case

@@ -7,10 +7,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from deepclean_hooks import membership
+from deepclean_hooks.metrics import entropy
 from deepclean_hooks.metrics.gold import AVERAGE_GAP
-from deepclean_hooks.report import versions
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.report.report import versions
+from deepclean_hooks.stored.files import written_whole
 
 from . import stopwatch
 from .cells import BOUNDS, Row
@@ -40,8 +40,8 @@ DEFINITIONS = {
     "it (acc_test) and its test samples (acc_df_test)",
     "delta_*": "minus the figure of the gold of the same seed: retrained on D_r by the original's "
     "recipe, from other initial values",
-    "mia": f"{membership.ORIENTATION}; {membership.ATTACKER} on the {membership.FEATURE}, fitted "
-    f"on {membership.FITTED_ON}",
+    "mia": f"{entropy.ORIENTATION}; {entropy.ATTACKER} on the {entropy.FEATURE}, fitted "
+    f"on {entropy.FITTED_ON}",
     "mia_attacker_accuracy": "how often that attacker is right on what it was fitted on, in per "
     "cent, both sides counting the same: near 50 mia means little",
     "mia_confidence": "100 minus the per cent of D_f that an SVC on the true class's probability "

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from deepclean_hooks.whole import written_whole
+from deepclean_hooks.stored.files import written_whole
 from scenarios import Scenario, class_scenario, random_scenario
 
 from .networks import network

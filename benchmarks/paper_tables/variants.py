@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import BatchMean, DeepClean
-from deepclean_hooks.estimators import Estimator
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import Mask, Selection
-from deepclean_hooks.methods.fine_tune import everything
-from deepclean_hooks.methods.retrain import fresh
+from deepclean_hooks.methods.baselines.fine_tune import everything
+from deepclean_hooks.methods.baselines.retrain import fresh
 from deepclean_hooks.methods.ssd import ratio
 
 

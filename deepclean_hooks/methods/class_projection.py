@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import losses
-from deepclean_hooks.estimators import Estimator
-from deepclean_hooks.evaluate import evaluate
-from deepclean_hooks.gram import LayerInputs
-from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.data import losses
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import Data, samples_of
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.layer_inputs import LayerInputs
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.methods.ssd import require_positive
-from deepclean_hooks.samples import Data, samples_of
+from deepclean_hooks.metrics.evaluate import evaluate
 
 RETAIN_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0)
 FORGET_GRID = (1.0, 3.0, 10.0, 30.0, 100.0)

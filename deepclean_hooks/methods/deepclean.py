@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import shards
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.data.samples import Data
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
-from deepclean_hooks.samples import Data
+from deepclean_hooks.ranks import shards
 
 # An entry whose true gradient is 0 (an attention key bias: softmax does not see a shift) holds the
 # rounding of terms that cancel: about eps of their size, eps^2 when squared. 8 eps leaves room for
@@ -50,7 +50,7 @@ class DeepClean(Method):
     gamma="auto" has the session try 1 to 10 on copies of the model and take the one that comes
     closest to what a retrained model would show; for anything but whole classes that needs
     `held_out`, data of the same kind that are neither training nor test data. See
-    `deepclean_hooks.gamma_auto`.
+    `deepclean_hooks.tuning.gamma_auto`.
     """
 
     gamma: float | Literal["auto"] = 2.0

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deepclean_hooks import shards
-from deepclean_hooks.estimators import Estimator, PerSampleFisher
-from deepclean_hooks.losses import LossFn
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.measure.estimator import Estimator, PerSampleFisher
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.training import Training
+from deepclean_hooks.ranks import shards
 
 Mask = dict[str, Tensor]
 """Parameter name -> bool tensor of its shape; a parameter that is not named is False throughout."""

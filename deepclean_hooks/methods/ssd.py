@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import shards
-from deepclean_hooks.batch_mean import BatchMean, OutputMagnitude
-from deepclean_hooks.estimators import Estimator, PerSampleFisher
-from deepclean_hooks.measurement import Measurement
+from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
+from deepclean_hooks.measure.estimator import Estimator, PerSampleFisher
+from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.deepclean import above_noise
 from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.ranks import shards
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
 
 
 class Loader(Sized, Iterable[Any], Protocol):

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses, measure, ranks, shards
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.samples import Samples
+from deepclean_hooks import ranks
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.samples import Samples
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.ranks import shards
 
 MOST_LOGITS = 2**25  # entries of one set, 128 MiB in float32; a larger set keeps none
 MOST_FEATURES = 2000  # samples of one set whose features are kept, evenly spread over it
@@ -78,18 +81,18 @@ def collect(
     Raises ValueError for an empty set and for outputs that are NaN.
     """
     label = f"evaluate: {name}" if progress else None
-    with measure.no_trace(model) as inner, measure.float32_weights(inner) as dtype:
+    with no_trace.no_trace(model) as inner, no_trace.float32_weights(inner) as dtype:
         kept = _Kept(source, name, logits, features)
-        device = measure.device_of(inner)
+        device = no_trace.device_of(inner)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "progress": label}
         if shards.is_sharded(inner):
             with _watched(inner, features) as seen:
-                for batch, counted in measure.walk_together(source, **how):
+                for batch, counted in no_trace.walk_together(source, **how):
                     with ranks.fail_together(), torch.no_grad():
                         kept.add(inner, batch, seen, counted)
             return kept.outputs()
         with ranks.fail_together(), _watched(inner, features) as seen:
-            for batch in measure.walk(source, name=name, **how):
+            for batch in no_trace.walk(source, name=name, **how):
                 with torch.no_grad():
                     kept.add(inner, batch, seen, batches.size(batch))
     return kept.outputs()

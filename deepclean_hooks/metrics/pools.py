@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepclean_hooks.data.samples import Data, samples_of
 from deepclean_hooks.metrics.attack import Attack, ranked
 from deepclean_hooks.metrics.outputs import collect
-from deepclean_hooks.samples import Data, samples_of
 
 CLIP = 100.0
 BINS = 20

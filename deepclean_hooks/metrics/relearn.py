@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from deepclean_hooks import batches, losses, measure, ranks
+from deepclean_hooks import ranks
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.samples import Data, Samples, samples_of
 from deepclean_hooks.metrics.distance import Measured
 from deepclean_hooks.metrics.outputs import collect
-from deepclean_hooks.samples import Data, Samples, samples_of
-from deepclean_hooks.wrappers import unwrap
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.wrappers import unwrap
 
 
 def relearn_steps(
@@ -46,7 +48,7 @@ def relearn_steps(
         else samples_of(forget, name="forget", batch_size=batch_size, collate_fn=collate_fn)
     )
     pupil = copy.deepcopy(unwrap(model))
-    device = measure.device_of(pupil)
+    device = no_trace.device_of(pupil)
     trained = [p for p in pupil.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=lr, momentum=0.9)
     devices = [device] if device.type == "cuda" else []
@@ -63,7 +65,7 @@ def relearn_steps(
                 if steps >= most:
                     return Measured(meaning, reason=f"not reached in {most} steps")
                 batch = batches.to(batch, device)
-                with measure.training(pupil):
+                with no_trace.training(pupil):
                     losses.cross_entropy(pupil, batch).mean().backward()  # type: ignore[no-untyped-call]  # untyped in torch
                 optimizer.step()
                 optimizer.zero_grad()

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from deepclean_hooks import ranks
-from deepclean_hooks.whole import written_whole
-from deepclean_hooks.wrappers import unwrap
+from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.stored.files import written_whole
 
 Train = Callable[[int, Sequence[int]], nn.Module]
 """Maps (seed, indices of the training samples) to a trained model."""

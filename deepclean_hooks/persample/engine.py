@@ -16,9 +16,9 @@ from weakref import WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import Sums
 from deepclean_hooks.persample.forwards import Meetings, ModelChanged, ServedPass, Use

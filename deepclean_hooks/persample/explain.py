@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deepclean_hooks import batches, losses, measure, shards
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.plan import Plan
-from deepclean_hooks.wrappers import require_trainable, unwrap
+from deepclean_hooks.ranks import shards
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ def explain(model: nn.Module, batch: Batch, *, loss_fn: LossFn | None = None) ->
     inner = unwrap(model)
     shards.refuse_sharded(inner, "explain")
     parameters = require_trainable(inner)
-    with measure.no_trace(inner), measure.float32_weights(inner) as dtype:
+    with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
         engine = SquaredGradients(inner, parameters, loss_fn=loss_fn or losses.cross_entropy)
-        plan = engine.plan_for(batches.to(batch, measure.device_of(inner), dtype))
+        plan = engine.plan_for(batches.to(batch, no_trace.device_of(inner), dtype))
         return Explanation(tuple(_served(name, p, plan) for name, p in parameters.items()))
 
 

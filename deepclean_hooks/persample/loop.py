@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
 
 
 def squared_gradients(

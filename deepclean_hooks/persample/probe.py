@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample.call import mark
 from deepclean_hooks.persample.forwards import Meetings, NaNPass, ShapePass, batch_dimensions
 from deepclean_hooks.persample.intercept import Interception

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import batches, losses, ranks, shards
-from deepclean_hooks.batches import Batch
-from deepclean_hooks.losses import LossFn
+from deepclean_hooks import ranks
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import FLUSH_EVERY, Sums, add_converted
 from deepclean_hooks.persample.call import DATA, Call, flatten, kind, mark
@@ -34,6 +35,7 @@ from deepclean_hooks.persample.outer import Product
 from deepclean_hooks.persample.plan import Plan, leaves
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
+from deepclean_hooks.ranks import shards
 
 
 class ShardedSums(Sums):

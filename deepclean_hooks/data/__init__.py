@@ -1,0 +1,1 @@
+"""What a loader yields: its batches, the samples it holds, their loss."""

@@ -1,0 +1,1 @@
+"""What a method measures of a data set, as sums over its samples."""

@@ -1,0 +1,227 @@
+"""The exact empirical Fisher diagonal of a classifier: squares of each sample's own gradient,
+summed, never averaged.
+
+I_D(w_i) = (1/|D|) sum over (x, y) in D of (d log p(y | x, w) / d w_i)^2, with the data's own
+labels, in eval mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepclean_hooks import ranks
+from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import (
+    Data,
+    Samples,
+    require_same_on_ranks,
+    samples_of,
+    warn_if_changing,
+)
+from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.persample.engine import (
+    DEFAULT_MEMORY_BUDGET,
+    NonFiniteGradient,
+    Plans,
+    SquaredGradients,
+)
+from deepclean_hooks.persample.sharded import ShardedSquaredGradients
+from deepclean_hooks.ranks import shards
+from deepclean_hooks.stored import bits
+
+Predicate = Callable[[str, nn.Parameter], bool]
+
+
+class FisherDiagonal(Measurement):
+    """Sums of squared per-sample gradients and how many samples they are of.
+
+    `sums`: parameter name -> tensor of the parameter's shape, in the accumulation's dtype, sharded
+    if the parameter is (`.full_tensor()` gathers it, `.to_local()` is this rank's part); owned by
+    this object. `samples`: (count,) int64 on the CPU, sorted: one 64-bit fingerprint of each
+    sample's content. `settings`: how it was obtained (digest of the model, loss, estimator, dtypes,
+    versions), compared by `+` and `-`. Where rounding leaves a negative difference, `-` puts 0.
+    """
+
+    noun = "diagonal"
+    file_format = "deepclean-hooks fisher diagonal 1"
+
+    def _difference(self, one: Tensor, other: Tensor) -> Tensor:
+        difference = one - other
+        shards.local(difference).clamp_min_(0)  # torch 2.7 has no clamp of sharded tensors
+        return difference
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    data: Data | Samples,
+    *,
+    loss_fn: LossFn | None = None,
+    parameters: Predicate | None = None,
+    accumulate: torch.dtype = torch.float64,
+    batch_size: int | None = None,
+    collate_fn: Any = None,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    plans: Plans | None = None,
+    name: str = "data",
+    progress: bool = True,
+) -> FisherDiagonal:
+    """The exact empirical Fisher diagonal of a model on a data set, each sample once over all
+    ranks.
+
+    `parameters(name, parameter)` says which trainable parameters to measure, all by default;
+    `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
+    default; `accumulate` is the dtype of the sums; `memory_budget` is in bytes, for per-sample
+    gradients beyond a plain forward and backward; `plans`, a dict, is filled with what was found
+    out about this model and saves a later pass over it from finding it out again. Weights in half
+    precision are measured through float32 copies. The model is left as it was, after an exception
+    too. Of a model under FSDP2 (`fully_shard`) the sums are sharded as its parameters are; all
+    ranks call this together.
+
+    Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a
+    NaN loss or gradient, a model that mixes samples or has nothing to train.
+    """
+    inner = unwrap(model)
+    loss = loss_fn or losses.cross_entropy
+    with ranks.fail_together():
+        no_trace.require_precision(inner, accumulate)
+        shards.require_measurable(inner, ranks.world()[1])
+        source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+        changing = warn_if_changing(source, name)
+        wanted = _wanted(inner, parameters)
+    require_same_on_ranks(source, name, changing)
+    if ranks.world()[1] > 1:
+        ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
+    fingerprint = ranks.gather(bits.digest(state_tensors(inner)))[0]  # rank 0's buffers serve all
+    with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
+        kept = {id(p) for p in wanted.values()}
+        for p in inner.parameters():
+            p.requires_grad_(id(p) in kept)
+        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, plans, dtype, name)
+        engine, ids = pass_.run(f"Fisher {name}" if progress else None)
+    sums, count, samples = _over_ranks(engine, ids, name)
+    settings = {
+        "model": fingerprint,
+        "loss": f"{getattr(loss, '__module__', '?')}.{getattr(loss, '__qualname__', '?')}",
+        "estimator": "per-sample",
+        "computed": engine.computed,
+        "accumulate": str(accumulate).removeprefix("torch."),
+        "one_sample_loop": dict(sorted(engine.notes.items())),
+        "samples_change": changing,
+        "torch": str(torch.__version__),
+    }
+    return FisherDiagonal(sums, count, samples, settings)
+
+
+def _wanted(model: nn.Module, predicate: Predicate | None) -> dict[str, nn.Parameter]:
+    everything = require_trainable(model)
+    wanted = {n: p for n, p in everything.items() if predicate is None or predicate(n, p)}
+    if not wanted:
+        raise ValueError(
+            f"parameters= accepts none of the {len(everything)} trainable parameters, for instance "
+            f"{list(everything)[:3]}; widen the pattern or the predicate"
+        )
+    return wanted
+
+
+@dataclass
+class _Pass:
+    """One walk over the data; errors are given the name of the set and the number of the batch."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    source: Samples
+    loss_fn: LossFn
+    accumulate: torch.dtype
+    memory_budget: int
+    plans: Plans | None
+    dtype: torch.dtype | None
+    name: str
+
+    def run(self, label: str | None) -> tuple[SquaredGradients, list[int]]:
+        """The engine with its sums, and the fingerprints of this rank's samples.
+
+        Fails on all ranks together.
+        """
+        ids: list[int] = []
+        at = 0
+        # The ranks of a sharded model fail together inside, where their collectives are.
+        with contextlib.nullcontext() if self.sharded else ranks.fail_together():
+            engine: SquaredGradients = self._engine()
+            try:
+                for index, (batch, counted) in self._walk(label, ids):
+                    at = index
+                    engine.add(batch, counted)
+                engine.require_finite()
+            except NonFiniteGradient as reason:
+                raise self._locate(reason, at) from None
+            except (ValueError, TypeError) as reason:
+                raise type(reason)(f"{self.name}, batch {at}: {reason}") from reason
+        return engine, ids
+
+    def _engine(self) -> SquaredGradients:
+        engine = ShardedSquaredGradients if self.sharded else SquaredGradients
+        return engine(
+            self.model,
+            self.parameters,
+            loss_fn=self.loss_fn,
+            dtype=self.accumulate,
+            memory_budget=self.memory_budget,
+            plans=self.plans,
+        )
+
+    def _walk(
+        self, label: str | None = None, ids: list[int] | None = None
+    ) -> Iterator[tuple[int, tuple[Batch, int]]]:
+        """(Number, (batch, how many of its first samples count))."""
+        how: dict[str, Any] = {
+            "device": no_trace.device_of(self.model),
+            "dtype": self.dtype,
+            "progress": label,
+            "ids": ids,
+        }
+        if self.sharded:
+            return enumerate(no_trace.walk_together(self.source, **how))
+        walked = no_trace.walk(self.source, **how)
+        return enumerate((batch, batches.size(batch)) for batch in walked)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are spread over the ranks."""
+        return any(map(shards.is_shard, self.parameters.values()))
+
+    def _locate(self, reason: NonFiniteGradient, last: int) -> ValueError:
+        """Sums are checked every few batches; walks again to name the batch."""
+        for index, (batch, counted) in self._walk():
+            engine = self._engine()
+            engine.add(batch, counted)
+            try:
+                engine.require_finite()
+            except NonFiniteGradient as found:
+                return ValueError(
+                    f"{self.name}, batch {index}: {found}; check that batch's inputs and the "
+                    "model's weights"
+                )
+            if index >= last:
+                break
+        return ValueError(f"{self.name}, somewhere up to batch {last}: {reason}")
+
+
+def _over_ranks(
+    engine: SquaredGradients, ids: list[int], name: str
+) -> tuple[dict[str, Tensor], int, Tensor]:
+    sums = engine.totals()
+    ranks.sum_over_ranks({n: total for n, total in sums.items() if not shards.is_shard(total)})
+    everyone = [i for part in ranks.gather(ids) for i in part]
+    if not everyone:
+        raise ValueError(f"{name} is empty: its loader yielded no batch; check how it was made")
+    return sums, len(everyone), torch.tensor(sorted(everyone), dtype=torch.int64)

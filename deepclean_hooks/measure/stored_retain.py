@@ -1,0 +1,88 @@
+"""The same samples in the forget and the retain set: refused where it is known, counted where
+content tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deepclean_hooks.data.samples import Samples, origin
+from deepclean_hooks.measure.measurement import Measurement
+
+
+def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
+    """Raises ValueError if `forget` and `retain` draw the same indices from one data set."""
+    if "forget" not in sets or "retain" not in sets:
+        return
+    forget, retain = origin(sets["forget"]), origin(sets["retain"])
+    if forget is None or retain is None or forget[0] != retain[0]:
+        return
+    shared = sorted(forget[1] & retain[1])
+    if shared:
+        raise ValueError(
+            f"{len(shared)} samples stand in both the forget and the retain set, for instance the "
+            f"indices {shared[:3]}; leave the forget samples out of the retain set"
+        )
+
+
+def shared_content(forget: Measurement, retain: Measurement) -> int:
+    """How many forget samples have a duplicate in the retain set; raises ValueError if all of them
+    have."""
+    shared = retain.contains(forget)
+    if shared == forget.count:
+        raise ValueError(
+            f"all {shared} forget samples stand in the retain set too; leave them out of it, or "
+            "pass the stored diagonal of the whole training set as retain="
+        )
+    return shared
+
+
+def without(stored: Measurement, forget: Measurement) -> Measurement:
+    """The retain set's diagonal from a stored one: of the retain set as it is, or of the whole
+    training set.
+
+    Raises ValueError if only some of the forget samples are in it, so that it is neither, if they
+    were taken out by an earlier request, or if they would have to be taken out of a diagonal of
+    earlier weights.
+    """
+    stored.require_same_origin(forget, of_model=not stored.earlier_weights)
+    stored = stored.restricted_to(forget.sums)
+    present = stored.contains(forget)
+    already = stored.already_out(forget)
+    if already:
+        itself = "with of_earlier_weights(without=...)" if stored.earlier_weights else "as it is"
+        raise ValueError(
+            f"{already} of the {forget.count} forget samples were taken out of the stored "
+            f"{stored.noun} before: leave out of this request what is forgotten already; if they "
+            f"were only subtracted by hand, pass the {stored.noun} from before that {itself}"
+        )
+    if present and stored.earlier_weights:
+        raise ValueError(
+            f"{present} of the {forget.count} forget samples are in the stored {stored.noun} of "
+            "earlier weights, and their own is of the weights as they are now, so it cannot be "
+            "subtracted; measure them on the earlier weights too: "
+            "stored.of_earlier_weights(without=fisher_diagonal(earlier_model, forget))"
+        )
+    if present == forget.count:
+        return stored - forget
+    if present:
+        raise ValueError(
+            f"{present} of the {forget.count} forget samples are in the stored diagonal, so it is "
+            "of neither the retain set nor the whole training set; subtract those that are out "
+            "already, or measure again"
+        )
+    return stored
+
+
+def of_both(stored: Measurement, forget: Measurement) -> Measurement:
+    """A stored measurement of the whole training set, for an estimator that is no sum of two walks.
+
+    Raises ValueError unless every forget sample is in it.
+    """
+    stored.require_same_origin(forget)
+    present, wanted = stored.contains(forget), len(forget.samples)
+    if present < wanted:
+        raise ValueError(
+            f"{wanted - present} of the {wanted} forget samples are not in the stored "
+            f"{stored.noun}, which must be of the whole training set; measure that"
+        )
+    return stored.restricted_to(forget.sums)

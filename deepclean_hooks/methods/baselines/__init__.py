@@ -1,0 +1,1 @@
+"""The baselines of DeepClean's tables, one a file."""

@@ -1,0 +1,56 @@
+"""CT: every convolution kernel is transposed, and all weights are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.methods.baselines.fine_tune import FineTune, everything, nothing
+from deepclean_hooks.methods.method import Mask, Selection
+
+
+@dataclass(frozen=True)
+class CT(FineTune):
+    """The two spatial axes of every square kernel (4-D weights) change places; then D_r is trained.
+
+    "Convolution transpose", an entry of the NeurIPS 2023 unlearning challenge, in Cadet et al.,
+    "Deep Unlearn", 2024: SGD 1e-3, momentum 0.9, weight decay 5e-4, cosine, 3 epochs. Nothing is
+    measured, so a model without such kernels is refused.
+    """
+
+    name = "ct"
+    effect = "transposed"
+
+    def may_select(self, name: str, parameter: nn.Parameter) -> bool:
+        """All of them may train."""
+        return True
+
+    def select(self, forget: Measurement, retain: Measurement) -> Selection:
+        """All kernels; raises ValueError if there are none."""
+        kernels = {n: t for n, t in forget.sums.items() if _square(t)}
+        if not kernels:
+            raise ValueError(
+                "CT transposes square convolution kernels, and this model has none larger than "
+                "1 x 1; use another method, FineTune() for instance"
+            )
+        masks = {**nothing(forget), **everything(kernels)}
+        total = sum(t.numel() for t in kernels.values())
+        return Selection(masks, total, "the entry is one of a square kernel's")
+
+    def new_values(
+        self,
+        weights: Mapping[str, Tensor],
+        selection: Selection,
+        forget: Measurement,
+        retain: Measurement,
+    ) -> dict[str, Tensor]:
+        """The kernels, transposed."""
+        own: Mask = {name: weights[name] for name in selection.masks}
+        return {name: w.transpose(2, 3) if _square(w) else w for name, w in own.items()}
+
+
+def _square(weight: Tensor) -> bool:
+    return weight.dim() == 4 and weight.shape[2] == weight.shape[3] > 1

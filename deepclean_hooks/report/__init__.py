@@ -1,0 +1,1 @@
+"""What a person shows their auditor, as text, JSON, HTML and Markdown."""

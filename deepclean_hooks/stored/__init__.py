@@ -1,0 +1,1 @@
+"""What is written to files and into checkpoints, and what proves that it came back."""

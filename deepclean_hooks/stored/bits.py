@@ -1,0 +1,43 @@
+"""Tensors as bits: what must not move is compared bit for bit, so that -0.0, subnormals and NaN
+count too."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from deepclean_hooks.ranks.shards import whole
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory read as signed integers of the same width: same shape and strides, writes go
+    through."""
+    return tensor.detach().view(_INTEGER[tensor.element_size()])
+
+
+def differing(one: Tensor, other: Tensor) -> Tensor:
+    """True where two tensors of one shape and dtype differ in at least one bit."""
+    return bits(one) != bits(other)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The entries of a tensor in row-major order as raw bytes, on the CPU."""
+    flat = whole(tensor.detach()).to("cpu").contiguous().reshape(-1)
+    array = flat.view(torch.uint8).numpy()
+    return memoryview(array)  # type: ignore[arg-type]  # arrays are buffers
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bits, in the order of the names: 64 hex digits."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            sha.update(as_bytes(tensor))
+    return sha.hexdigest()
