@@ -37,9 +37,9 @@ from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import ASSD, SSD, ClassProjection, FineTune
-from deepclean_hooks.methods.class_projection import search
 from deepclean_hooks.report.report import versions
 from deepclean_hooks.stored.files import written_whole
+from deepclean_hooks.tuning.projection import search
 from machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent

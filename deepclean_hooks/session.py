@@ -20,19 +20,21 @@ from deepclean_hooks.data.samples import (
     Data,
     Samples,
     changes_from_pass_to_pass,
+    refuse_shared_indices,
     require_same_on_ranks,
     samples_of,
 )
 from deepclean_hooks.guard.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.guard.norm_statistics import require_choice
 from deepclean_hooks.measure import dead, stored_retain
-from deepclean_hooks.measure.estimator import PerSampleFisher, shared_samples, together
+from deepclean_hooks.measure.estimator import shared_samples, together
+from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.metrics.evaluate import Gold, evaluate
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.report import forgotten as identifiers
 from deepclean_hooks.report.report import Layer, Report
 from deepclean_hooks.stored import bits, checkpoint, masks
@@ -74,7 +76,7 @@ class Session:
         if not isinstance(method, Method):
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
         require_choice(norm_statistics)
-        shards.reshard(unwrap(model))
+        fsdp.reshard(unwrap(model))
         require_trainable(unwrap(model))
         require_unguarded(dict(unwrap(model).named_parameters()))
         self.model, self.method = model, method
@@ -417,17 +419,17 @@ class Session:
 
     @property
     def _sharded(self) -> bool:
-        return shards.is_sharded(unwrap(self.model))
+        return fsdp.is_sharded(unwrap(self.model))
 
     def _require_shardable(self) -> None:
         if not self._sharded:
             return
         estimators = (self.method.measured_by, self.method.retain_measured_by)
         if not self.method.sharded or not all(isinstance(e, PerSampleFisher) for e in estimators):
-            shards.refuse_sharded(unwrap(self.model), f"the method {self.method.name}")
+            fsdp.refuse_sharded(unwrap(self.model), f"the method {self.method.name}")
         if gamma_auto.is_open(self.method):
-            shards.refuse_sharded(unwrap(self.model), 'gamma="auto"')
-        shards.require_measurable(unwrap(self.model), ranks.world()[1])
+            fsdp.refuse_sharded(unwrap(self.model), 'gamma="auto"')
+        fsdp.require_measurable(unwrap(self.model), ranks.world()[1])
 
     def _moved(self, guard: Guard) -> int:
         """Frozen entries that moved, of all shards together."""
@@ -455,7 +457,7 @@ class Session:
         with ranks.fail_together():
             for name, data in sets.items():
                 self._sets[name] = samples_of(data, name=name, **self._reading)
-            stored_retain.refuse_shared_indices(self._sets)
+            refuse_shared_indices(self._sets)
 
     def _expect(self, phase: str, call: str) -> None:
         if self._phase != phase:
@@ -465,7 +467,7 @@ class Session:
             )
 
     def _parameters(self) -> dict[str, Tensor]:
-        return dict(shards.parameters_of(unwrap(self.model)))
+        return dict(fsdp.parameters_of(unwrap(self.model)))
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self._parameters().items() if p.requires_grad}

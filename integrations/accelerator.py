@@ -19,7 +19,7 @@ from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.metrics.evaluate import Evaluation
 from deepclean_hooks.model.wrappers import unwrap
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.session import Session
 from deepclean_hooks.stored import sealed
 from deepclean_hooks.stored.sealed import BrokenRun
@@ -95,7 +95,7 @@ class DeepCleanHook:
     def __enter__(self) -> Session:
         """Takes all phases up to the guard that have not been taken."""
         inner = unwrap(self._model)
-        if self._accelerator.is_fsdp2 and not shards.is_sharded(inner):
+        if self._accelerator.is_fsdp2 and not fsdp.is_sharded(inner):
             raise RuntimeError(
                 "under FSDP2 call accelerator.prepare(...) before `with DeepCleanHook(...)`: what "
                 "is held before the sharding is no part of the model after it"

@@ -21,7 +21,7 @@ import deepclean_hooks as deepclean
 import distributed_worker as plain
 from deepclean_hooks.measure.fisher import FisherDiagonal
 from deepclean_hooks.model.wrappers import unwrap
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp, shards
 
 FOLDER = Path()
 
@@ -161,7 +161,7 @@ def key(row: tuple[Any, ...]) -> str:
 
 def state(model: nn.Module) -> list[Any]:
     """What measuring must leave as it was."""
-    shards.reshard(model)
+    fsdp.reshard(model)
     return [
         [(n, id(p), p.requires_grad, p.grad is None) for n, p in model.named_parameters()],
         [plain.full(p).tolist() for p in model.parameters()],
@@ -191,7 +191,7 @@ def fisher(row: tuple[str, str, int, torch.dtype]) -> dict[str, Any]:
 
 
 def _pairs(model: nn.Module, found: FisherDiagonal) -> list[tuple[Tensor, Tensor]]:
-    parameters = shards.parameters_of(model)
+    parameters = fsdp.parameters_of(model)
     return [(total, parameters[name]) for name, total in found.sums.items()]
 
 
@@ -313,7 +313,7 @@ def moved_on_one(rank: int) -> None:
     run.reset().guard()
     plain.train(model, rank, 1)
     with torch.no_grad():
-        for name, p in shards.parameters_of(model).items():
+        for name, p in fsdp.parameters_of(model).items():
             if rank == 1 and name == "1.bias":
                 shards.local(p)[0] += 1
     try:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from deepclean_hooks import testing
 from deepclean_hooks.measure.batch_mean import BatchMean
-from deepclean_hooks.measure.estimator import Estimator, PerSampleFisher
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import DeepClean, FineTune, Mask, Selection
 

@@ -10,9 +10,10 @@ from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs, SampledPatches
-from deepclean_hooks.methods.class_projection import ClassProjection, search
+from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.stored.bits import differing
+from deepclean_hooks.tuning.projection import search
 
 ALPHAS = (100.0, 3.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,3 +259,18 @@ def warn_if_changing(source: Samples, name: str) -> bool:
             stacklevel=3,
         )
     return changing
+
+
+def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
+    """Raises ValueError if `forget` and `retain` draw the same indices from one data set."""
+    if "forget" not in sets or "retain" not in sets:
+        return
+    forget, retain = origin(sets["forget"]), origin(sets["retain"])
+    if forget is None or retain is None or forget[0] != retain[0]:
+        return
+    shared = sorted(forget[1] & retain[1])
+    if shared:
+        raise ValueError(
+            f"{len(shared)} samples stand in both the forget and the retain set, for instance the "
+            f"indices {shared[:3]}; leave the forget samples out of the retain set"
+        )

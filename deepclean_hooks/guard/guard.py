@@ -29,7 +29,7 @@ from deepclean_hooks.guard.follow import follow, weakly
 from deepclean_hooks.guard.held import GuardError, Held, restore
 from deepclean_hooks.guard.norm_statistics import NormStatistics
 from deepclean_hooks.model.wrappers import unwrap
-from deepclean_hooks.ranks.shards import reshard
+from deepclean_hooks.ranks.fsdp import reshard
 
 __all__ = ["Guard", "GuardError", "NormStatistics"]
 

@@ -20,8 +20,8 @@ from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
-from deepclean_hooks.measure.estimator import Estimator, rebatched
-from deepclean_hooks.measure.fisher import Predicate
+from deepclean_hooks.data.walk import walk
+from deepclean_hooks.measure.estimator import Estimator, Predicate, rebatched
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
@@ -85,7 +85,7 @@ class _BatchGradients(Estimator):
             sums = {n: torch.zeros_like(p, dtype=self.accumulate) for n, p in wanted.items()}
             device = no_trace.device_of(inner)
             label = f"gradients {name}" if progress else None
-            walked = no_trace.walk(source, device=device, dtype=dtype, progress=label, ids=ids)
+            walked = walk(source, device=device, dtype=dtype, progress=label, ids=ids)
             with ranks.fail_together():
                 for batch in walked:
                     count += self.terms(batch)

@@ -14,11 +14,12 @@ from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
+from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample.engine import DEFAULT_MEMORY_BUDGET
 from deepclean_hooks.persample.plan import leaves
 from deepclean_hooks.persample.probe import groups
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp, shards
 
 BATCHES = (
     8  # of the retain set, on each rank: an entry that no sample of them reaches counts as dead
@@ -51,7 +52,7 @@ def dead_entries(
         # BatchNorm cannot normalise one sample by itself.
         fewest = 2 if any(module.training for module in inner.modules()) else 1
         retain = dataclasses.replace(retain, batch_size=max(fewest, retain.batch_size))
-        reached = _reached_sharded if shards.is_sharded(inner) else _reached
+        reached = _reached_sharded if fsdp.is_sharded(inner) else _reached
         alive = reached(inner, parameters, retain, loss_fn, fewest, dtype)
     return {name: shards.total(mask & ~alive[name]) for name, mask in masks.items()}
 
@@ -73,7 +74,7 @@ def _reached(
 ) -> dict[str, Tensor]:
     """True where the gradient is not 0 in one of the first batches of any rank."""
     alive = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in parameters.items()}
-    walked = no_trace.walk(retain, device=no_trace.device_of(model), dtype=dtype)
+    walked = walk(retain, device=no_trace.device_of(model), dtype=dtype)
     with ranks.fail_together():
         for batch in itertools.islice(walked, BATCHES):
             if batches.size(batch) >= fewest:
@@ -97,12 +98,12 @@ def _reached_sharded(
     """The same under FSDP2, sharded as the parameters; whole gradients of a part of the model at a
     time."""
     alive = {n: torch.zeros_like(shards.local(p), dtype=torch.bool) for n, p in parameters.items()}
-    whole = shards.Unsharded(model)
+    whole = fsdp.Unsharded(model)
     unsharded = whole.parameters
     names = {id(p): name for name, p in unsharded.items()}
     device = no_trace.device_of(model)
     for group in groups({name: unsharded[name] for name in parameters}, DEFAULT_MEMORY_BUDGET):
-        walked = no_trace.walk_together(retain, device=device, dtype=dtype)
+        walked = walk_together(retain, device=device, dtype=dtype)
         for padded, counted in itertools.islice(walked, BATCHES):
             if batches.size(padded) < fewest:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,12 +17,12 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data import batches
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
-from deepclean_hooks.measure.fisher import FisherDiagonal, Predicate, fisher_diagonal
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
-from deepclean_hooks.persample.remembered import plans_of
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.stored import bits
+
+Predicate = Callable[[str, nn.Parameter], bool]
 
 
 class Estimator(ABC):
@@ -50,7 +51,7 @@ class Estimator(ABC):
     def described(self, model: nn.Module, loss_fn: LossFn, **more: Any) -> dict[str, Any]:
         """The settings of a measurement that is about to be made; raises ValueError for a sharded
         model, which only the exact Fisher diagonal serves."""
-        shards.refuse_sharded(unwrap(model), repr(self))
+        fsdp.refuse_sharded(unwrap(model), repr(self))
         return {
             "model": bits.digest(state_tensors(unwrap(model))),
             "loss": f"{loss_fn.__module__}.{getattr(loss_fn, '__qualname__', '?')}",
@@ -58,38 +59,6 @@ class Estimator(ABC):
             "torch": str(torch.__version__),
             **more,
         }
-
-
-@dataclass(frozen=True)
-class PerSampleFisher(Estimator):
-    """The exact empirical Fisher diagonal: the square of each sample's own gradient.
-
-    The model is probed and checked at its first measurement; later ones, of other sets or for other
-    requests, use what was found as long as the model lives.
-    """
-
-    result = FisherDiagonal
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Samples,
-        *,
-        loss_fn: LossFn,
-        parameters: Predicate,
-        name: str,
-        progress: bool,
-    ) -> FisherDiagonal:
-        """`fisher_diagonal` of the set."""
-        return fisher_diagonal(
-            model,
-            data,
-            loss_fn=loss_fn,
-            parameters=parameters,
-            plans=plans_of(unwrap(model)),
-            name=name,
-            progress=progress,
-        )
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from deepclean_hooks.data import losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
-from deepclean_hooks.measure.estimator import Estimator
-from deepclean_hooks.measure.fisher import FisherDiagonal, Predicate, fisher_diagonal
+from deepclean_hooks.measure.estimator import Estimator, Predicate
+from deepclean_hooks.measure.fisher import FisherDiagonal, fisher_diagonal
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ labels, in eval mode.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from deepclean_hooks.data.samples import (
     samples_of,
     warn_if_changing,
 )
+from deepclean_hooks.data.walk import walk, walk_together
+from deepclean_hooks.measure.estimator import Estimator, Predicate
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
@@ -35,11 +37,10 @@ from deepclean_hooks.persample.engine import (
     Plans,
     SquaredGradients,
 )
+from deepclean_hooks.persample.remembered import plans_of
 from deepclean_hooks.persample.sharded import ShardedSquaredGradients
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.stored import bits
-
-Predicate = Callable[[str, nn.Parameter], bool]
 
 
 class FisherDiagonal(Measurement):
@@ -94,7 +95,7 @@ def fisher_diagonal(
     loss = loss_fn or losses.cross_entropy
     with ranks.fail_together():
         no_trace.require_precision(inner, accumulate)
-        shards.require_measurable(inner, ranks.world()[1])
+        fsdp.require_measurable(inner, ranks.world()[1])
         source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         changing = warn_if_changing(source, name)
         wanted = _wanted(inner, parameters)
@@ -190,8 +191,8 @@ class _Pass:
             "ids": ids,
         }
         if self.sharded:
-            return enumerate(no_trace.walk_together(self.source, **how))
-        walked = no_trace.walk(self.source, **how)
+            return enumerate(walk_together(self.source, **how))
+        walked = walk(self.source, **how)
         return enumerate((batch, batches.size(batch)) for batch in walked)
 
     @property
@@ -225,3 +226,35 @@ def _over_ranks(
     if not everyone:
         raise ValueError(f"{name} is empty: its loader yielded no batch; check how it was made")
     return sums, len(everyone), torch.tensor(sorted(everyone), dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class PerSampleFisher(Estimator):
+    """The exact empirical Fisher diagonal: the square of each sample's own gradient.
+
+    The model is probed and checked at its first measurement; later ones, of other sets or for other
+    requests, use what was found as long as the model lives.
+    """
+
+    result = FisherDiagonal
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Samples,
+        *,
+        loss_fn: LossFn,
+        parameters: Predicate,
+        name: str,
+        progress: bool,
+    ) -> FisherDiagonal:
+        """`fisher_diagonal` of the set."""
+        return fisher_diagonal(
+            model,
+            data,
+            loss_fn=loss_fn,
+            parameters=parameters,
+            plans=plans_of(unwrap(model)),
+            name=name,
+            progress=progress,
+        )

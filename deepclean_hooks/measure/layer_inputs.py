@@ -21,8 +21,8 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
-from deepclean_hooks.measure.estimator import Estimator
-from deepclean_hooks.measure.fisher import Predicate
+from deepclean_hooks.data.walk import walk
+from deepclean_hooks.measure.estimator import Estimator, Predicate
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
@@ -111,7 +111,7 @@ class LayerInputs(Estimator):
             grams = Grams(weights, self)
             device = no_trace.device_of(inner)
             label = f"layer inputs {name}" if progress else None
-            walked = no_trace.walk(data, device=device, dtype=dtype, progress=label, ids=ids)
+            walked = walk(data, device=device, dtype=dtype, progress=label, ids=ids)
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 with torch.no_grad(), ranks.fail_together():

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepclean_hooks.model.wrappers import state_tensors, unwrap
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.stored import bits, tensor_file
 from deepclean_hooks.stored.files import written_whole
 
@@ -215,7 +215,7 @@ class Measurement:
         `like`, a model under FSDP2: every rank keeps its shard of each sum, where the model has
         it, and reads the file one tensor after the other.
         """
-        parameters = {} if like is None else shards.parameters_of(unwrap(like))
+        parameters = {} if like is None else fsdp.parameters_of(unwrap(like))
         with safe_open(os.fspath(path), framework="pt", device=device) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != cls.file_format:

@@ -3,25 +3,7 @@ content tells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from deepclean_hooks.data.samples import Samples, origin
 from deepclean_hooks.measure.measurement import Measurement
-
-
-def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:
-    """Raises ValueError if `forget` and `retain` draw the same indices from one data set."""
-    if "forget" not in sets or "retain" not in sets:
-        return
-    forget, retain = origin(sets["forget"]), origin(sets["retain"])
-    if forget is None or retain is None or forget[0] != retain[0]:
-        return
-    shared = sorted(forget[1] & retain[1])
-    if shared:
-        raise ValueError(
-            f"{len(shared)} samples stand in both the forget and the retain set, for instance the "
-            f"indices {shared[:3]}; leave the forget samples out of the retain set"
-        )
 
 
 def shared_content(forget: Measurement, retain: Measurement) -> int:

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.measure.estimator import Estimator, PerSampleFisher
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.training import Training
 from deepclean_hooks.ranks import shards

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
-from deepclean_hooks.measure.estimator import Estimator, PerSampleFisher
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.deepclean import above_noise
 from deepclean_hooks.methods.method import Mask, Method, Selection

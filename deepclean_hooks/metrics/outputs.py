@@ -17,8 +17,9 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.samples import Samples
+from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp
 
 MOST_LOGITS = 2**25  # entries of one set, 128 MiB in float32; a larger set keeps none
 MOST_FEATURES = 2000  # samples of one set whose features are kept, evenly spread over it
@@ -85,14 +86,14 @@ def collect(
         kept = _Kept(source, name, logits, features)
         device = no_trace.device_of(inner)
         how: dict[str, Any] = {"device": device, "dtype": dtype, "progress": label}
-        if shards.is_sharded(inner):
+        if fsdp.is_sharded(inner):
             with _watched(inner, features) as seen:
-                for batch, counted in no_trace.walk_together(source, **how):
+                for batch, counted in walk_together(source, **how):
                     with ranks.fail_together(), torch.no_grad():
                         kept.add(inner, batch, seen, counted)
             return kept.outputs()
         with ranks.fail_together(), _watched(inner, features) as seen:
-            for batch in no_trace.walk(source, name=name, **how):
+            for batch in walk(source, name=name, **how):
                 with torch.no_grad():
                     kept.add(inner, batch, seen, batches.size(batch))
     return kept.outputs()

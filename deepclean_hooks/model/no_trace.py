@@ -8,79 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from deepclean_hooks import ranks
-from deepclean_hooks.data import batches
-from deepclean_hooks.data.batches import Batch
-from deepclean_hooks.data.samples import Data, Samples, samples_of
 from deepclean_hooks.model.wrappers import unwrap
-from deepclean_hooks.ranks import shards
-
-
-def walk(
-    data: Data | Samples,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    name: str = "data",
-    batch_size: int | None = None,
-    collate_fn: Any = None,
-    progress: str | None = None,
-    ids: list[int] | None = None,
-) -> Iterator[Batch]:
-    """This rank's batches of a data set on `device`, every sample once over all ranks.
-
-    `dtype`, if given, is what floating-point tensors become; `progress` labels a bar that rank 0
-    shows on a terminal. Samples are read in index order: order, shuffle, drop_last and padding of a
-    loader have no effect. `ids`, if given, is extended by the fingerprints of a batch's samples as
-    they were read; a GPU works on the batch before meanwhile.
-    """
-    source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-    # disable=None: tqdm shows nothing where standard error is not a terminal.
-    hidden = None if progress is not None and ranks.is_first() else True
-    for batch in tqdm(
-        source.batches(), desc=progress, total=len(source) or None, disable=hidden, leave=False
-    ):
-        if ids is not None:
-            ids.extend(batches.sample_ids(batch))
-        yield batches.to(batch, torch.device(device), dtype)
-
-
-def walk_together(
-    source: Samples,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    progress: str | None = None,
-    ids: list[int] | None = None,
-) -> Iterator[tuple[Batch, int]]:
-    """As many batches on every rank, of the same size: (batch, how many of its first samples
-    count), for a model whose forward pass is a collective. `ids`: as for `walk`.
-
-    A rank with fewer samples than the others repeats some, one with none left its last batch, and
-    these do not count. An error in reading is raised on all ranks.
-    """
-    own = walk(source, device=device, dtype=dtype, progress=progress, ids=ids)
-    kept: Batch | None = None
-    while True:
-        counted = 0
-        with ranks.fail_together():
-            batch = next(own, None)
-            if batch is not None:
-                kept, counted = batch, batches.size(batch)
-        most = max(ranks.gather(counted))
-        if not most:
-            return
-        if kept is None:
-            assert source.indices is not None  # samples_of refuses the others on several ranks
-            collate = source.collate_fn or torch.utils.data.default_collate
-            first = collate([source.dataset[source.indices[0]]])
-            kept = batches.to(first, torch.device(device), dtype)
-        if batches.size(kept) == most:
-            yield kept, counted
-        else:
-            yield batches.rows(kept, torch.arange(most) % batches.size(kept)), counted
+from deepclean_hooks.ranks import fsdp
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -131,7 +62,7 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
     measuring uses `torch.autograd.grad`.
     """
     inner = unwrap(model)
-    shards.settle(inner)
+    fsdp.settle(inner)
     modes = [(module, module.training) for module in inner.modules()]
     wants = [(p, p.requires_grad) for p in inner.parameters()]
     held = {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
@@ -157,7 +88,7 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for module, name, on, _ in checkpointing:
                 setattr(module, name, on)
-            shards.settle(inner)
+            fsdp.settle(inner)
             inner.train()
             for module, training in modes:
                 module.training = training

@@ -14,7 +14,7 @@ from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.persample.engine import SquaredGradients
 from deepclean_hooks.persample.plan import Plan
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def explain(model: nn.Module, batch: Batch, *, loss_fn: LossFn | None = None) ->
     does for a bad batch, loss or model.
     """
     inner = unwrap(model)
-    shards.refuse_sharded(inner, "explain")
+    fsdp.refuse_sharded(inner, "explain")
     parameters = require_trainable(inner)
     with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
         engine = SquaredGradients(inner, parameters, loss_fn=loss_fn or losses.cross_entropy)

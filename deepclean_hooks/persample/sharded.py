@@ -35,7 +35,7 @@ from deepclean_hooks.persample.outer import Product
 from deepclean_hooks.persample.plan import Plan, leaves
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp, shards
 
 
 class ShardedSums(Sums):
@@ -133,7 +133,7 @@ class ShardedSquaredGradients(SquaredGradients):
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         plans: Plans | None = None,
     ) -> None:
-        self._unsharded = shards.Unsharded(model)
+        self._unsharded = fsdp.Unsharded(model)
         self._like = {name: self._unsharded.sharded[name] for name in parameters}
         self._failure: Exception | None = None
         super().__init__(
@@ -188,7 +188,7 @@ class ShardedSquaredGradients(SquaredGradients):
         try:
             plan = super()._make_plan(batch)
         finally:
-            shards.settle(self.model)
+            fsdp.settle(self.model)
         everyone = ranks.gather((sorted(plan.fast), sorted(plan.pulled), plan.loop))
         reasons: dict[str, str] = {}
         for _, _, loops in everyone:
@@ -200,7 +200,7 @@ class ShardedSquaredGradients(SquaredGradients):
         return plan
 
     def _self_check(self, few: Batch, plan: Plan) -> None:
-        shards.settle(self.model)  # the passes of the probe had no backward
+        fsdp.settle(self.model)  # the passes of the probe had no backward
         super()._self_check(few, plan)
 
     def _group_bytes(self) -> int:
@@ -245,7 +245,7 @@ class ShardedSquaredGradients(SquaredGradients):
     def _change_together(self, changed: str | None) -> None:
         told = [one for one in ranks.gather(changed) if one is not None]
         if told:
-            shards.settle(self.model)
+            fsdp.settle(self.model)
             raise ModelChanged(told[0])
 
     def _loop(self, batch: Batch, counted: int, looped: Mapping[str, Tensor], sums: Sums) -> None:

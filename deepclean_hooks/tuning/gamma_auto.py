@@ -22,16 +22,15 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Data, Samples, samples_of
+from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import NormStatistics
-from deepclean_hooks.measure import stored_retain
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.metrics.outputs import Outputs, collect
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import unwrap
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.tuning import copies
 from deepclean_hooks.tuning.gamma_sweep import GAMMAS, diagonals, grid
 
@@ -187,7 +186,7 @@ def choose_gamma(
         for name, data in given.items()
         if data is not None
     }
-    stored_retain.refuse_shared_indices(sets)
+    refuse_shared_indices(sets)
     require_whole(model)
     methods = grid(base, gammas)
     trials = Trials(sets["forget"], sets["retain"], sets.get("held_out"))
@@ -232,7 +231,7 @@ def trials(method: DeepClean, sets: Mapping[str, Samples], **reading: Any) -> Tr
 
 def require_whole(model: nn.Module) -> None:
     """Raises ValueError for a sharded model, of which no rank can try a copy."""
-    if shards.is_sharded(unwrap(model)):
+    if fsdp.is_sharded(unwrap(model)):
         raise ValueError(
             f'gamma="auto" tries copies of the model, and the parameters of {type(model).__name__} '
             "are sharded (fully_shard, FSDP2); call choose_gamma() before fully_shard(), and give "

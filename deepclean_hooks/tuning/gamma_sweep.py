@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from deepclean_hooks.data import losses
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Data, Samples, samples_of
+from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import NormStatistics
-from deepclean_hooks.measure import stored_retain
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
-from deepclean_hooks.ranks import shards
+from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.tuning import copies
 from deepclean_hooks.tuning.copies import FineTune
 
@@ -126,14 +125,14 @@ def gamma_sweep(
     """
     base = method or DeepClean()
     methods = grid(base, gammas)
-    shards.refuse_sharded(unwrap(model), "gamma_sweep")
+    fsdp.refuse_sharded(unwrap(model), "gamma_sweep")
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
     sets = {
         name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         for name, data in given.items()
         if data is not None
     }
-    stored_retain.refuse_shared_indices(sets)
+    refuse_shared_indices(sets)
     measured = diagonals(
         model, base, sets, loss_fn=loss_fn or losses.cross_entropy, progress=progress
     )
