@@ -22,8 +22,8 @@ SAMPLES = 7
 
 
 def main() -> None:
-    from cases import CASES
-    from reference import relative_error, squared_gradients
+    from lab.cases import CASES
+    from lab.reference import relative_error, squared_gradients
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)

@@ -1,0 +1,422 @@
+"""The Accelerate hook, and one result from the three loops: plain, Accelerate, Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+import deepclean_hooks as deepclean
+from deepclean_hooks.stored.sealed import BrokenRun
+from lab.processes import in_child
+from lab.training import (
+    FORGET,
+    METHOD,
+    RETAIN,
+    arguments,
+    bits_of,
+    callback,
+    hf_vit,
+    hooks,
+    moved,
+    same_bits,
+    timm_vit,
+    truth,
+)
+
+HERE = Path(__file__).resolve().parent
+MODELS = {"transformers": hf_vit, "timm": timm_vit}
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the reset entries are dead")
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> Iterator[None]:
+    """Accelerate's shared state is new for each test, and no hook of torch's is left."""
+    before = hooks()
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert hooks() == before
+
+
+def retain_loader() -> DataLoader[Any]:
+    """37 samples in batches of 5, in order."""
+    return DataLoader(RETAIN, batch_size=5, collate_fn=deepclean.ImageClassifier.collate)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Decays and steps every weight."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def hook(accelerator: Accelerator, model: nn.Module, **options: Any) -> deepclean.DeepCleanHook:
+    """The hook without scores."""
+    settings = {
+        "method": METHOD,
+        "scores": False,
+        "collate_fn": deepclean.ImageClassifier.collate,
+        "progress": False,
+    }
+    return deepclean.DeepCleanHook(
+        accelerator, model, **{"forget": FORGET, "retain": RETAIN, **settings, **options}
+    )
+
+
+def train(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any,
+    loader: Any,
+    steps: int = 6,
+    first: int = 0,
+) -> Iterator[int]:
+    """An ordinary loop on Accelerate with clipping; yields after each step."""
+    model.train()
+    for step, batch in enumerate(loader, 1):
+        if step <= first:
+            continue
+        accelerator.backward(
+            F.cross_entropy(model(batch["pixel_values"])["logits"], batch["labels"])
+        )
+        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield step
+        if step == steps:
+            return
+
+
+def run_all(*everything: Any, **options: Any) -> None:
+    """The loop to its end."""
+    for _ in train(*everything, **options):
+        pass
+
+
+# ---------------------------------------------------------------------------- one result
+
+
+def plainly() -> nn.Module:
+    """Fine-tuned in a loop of one's own."""
+    model = timm_vit()
+    with deepclean.unlearning(
+        model,
+        forget=FORGET,
+        retain=RETAIN,
+        method=METHOD,
+        scores=False,
+        collate_fn=deepclean.ImageClassifier.collate,
+    ):
+        optimizer = adamw(model)
+        model.train()
+        for step, batch in enumerate(retain_loader(), 1):
+            output = model(batch["pixel_values"])
+            F.cross_entropy(output["logits"], batch["labels"]).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 6:
+                break
+    return model
+
+
+def on_accelerate() -> nn.Module:
+    """Fine-tuned in a loop on Accelerate."""
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    with hook(accelerator, wrapped):
+        run_all(accelerator, wrapped, optimizer, loader)
+    return model
+
+
+def in_a_trainer(folder: Path) -> nn.Module:
+    """Fine-tuned by a Trainer."""
+    model = timm_vit()
+    optimizer = adamw(model)
+    Trainer(
+        model=model,
+        args=arguments(folder, train_sampling_strategy="sequential"),
+        train_dataset=RETAIN,
+        data_collator=deepclean.ImageClassifier.collate,
+        callbacks=[callback()],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+    ).train()
+    return model
+
+
+def test_three_loops_one_result(tmp_path: Path) -> None:
+    """Fails if an adapter measures, resets or clips otherwise than the plain loop, by one bit."""
+    plain = bits_of(plainly())
+    assert same_bits(plain, bits_of(on_accelerate()))
+    assert same_bits(plain, bits_of(in_a_trainer(tmp_path)))
+    assert not same_bits(plain, bits_of(timm_vit()))
+
+
+# ---------------------------------------------------------------------------- the hook
+
+
+@pytest.mark.parametrize("order", ["prepared before", "prepared inside", "made before"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_orders_and_precisions(order: str, precision: str) -> None:
+    """Fails if `prepare` undoes the guard, or mixed precision enters the measurement."""
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    model = hf_vit()
+    then, free = bits_of(model), truth(model)
+    given: Any = model
+    optimizer: Any = adamw(model)
+    loader: Any = retain_loader()
+    if order == "made before":
+        run = hook(accelerator, given)
+    if order != "prepared inside":
+        given, optimizer, loader = accelerator.prepare(given, optimizer, loader)
+    if order != "made before":
+        run = hook(accelerator, given)
+    with run as session:
+        if order == "prepared inside":
+            given, optimizer, loader = accelerator.prepare(given, optimizer, loader)
+        run_all(accelerator, given, optimizer, loader)
+    frozen_moved, free_moved = moved(model, then, free)
+    assert frozen_moved == 0
+    assert free_moved > 0
+    assert session.report.frozen_entries_moved == 0
+    assert session.report.selected_entries == sum(int(mask.sum()) for mask in free.values())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_accumulation_of_the_users_accelerator_is_kept() -> None:
+    """Fails if the hook makes an Accelerator of its own, which resets the accumulation to 1."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+    model = timm_vit()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    with hook(accelerator, wrapped) as session:
+        wrapped.train()
+        for batch in loader:
+            with accelerator.accumulate(wrapped):
+                output = wrapped(batch["pixel_values"])
+                accelerator.backward(F.cross_entropy(output["logits"], batch["labels"]))
+                optimizer.step()
+                optimizer.zero_grad()
+    assert accelerator.gradient_accumulation_steps == 3
+    assert session.report.optimizer_steps == 3  # 8 batches
+    assert session.report.frozen_entries_moved == 0
+
+
+def test_carried_momentum_is_cleared() -> None:
+    """Fails if moments from before the reset move weights towards what was forgotten."""
+    ends = []
+    for steps_before in (0, 3):
+        accelerator = Accelerator(cpu=True)
+        model = timm_vit()
+        wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+        then = bits_of(model)
+        run_all(accelerator, wrapped, optimizer, loader, steps=steps_before or 1)
+        if not steps_before:
+            optimizer.optimizer.state.clear()
+        model.load_state_dict(then)
+        with hook(accelerator, wrapped):
+            run_all(accelerator, wrapped, optimizer, loader)
+        ends.append(bits_of(model))
+    assert same_bits(*ends)
+
+
+def test_exception_leaves_no_hook() -> None:
+    """Fails if a hook outlives an exception in the block."""
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    with pytest.raises(KeyboardInterrupt), hook(accelerator, model):
+        assert any(p._post_accumulate_grad_hooks for p in model.parameters())
+        raise KeyboardInterrupt
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def _engine(kind: str) -> Any:
+    """An accelerator in shape, on an engine that is not installed here."""
+
+    class Engine:
+        distributed_type = DistributedType(kind)
+        is_fsdp2 = False
+
+    return Engine()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("DEEPSPEED", "DEEPSPEED"), ("MEGATRON_LM", "MEGATRON_LM"), ("FSDP", "FSDP1")],
+)
+def test_engines_are_refused(kind: str, said: str) -> None:
+    """Fails if an engine that hides the weights is begun with."""
+    with pytest.raises(ValueError, match=said):
+        hook(_engine(kind), timm_vit())
+
+
+class OwnObjective(deepclean.DeepClean):
+    """Trains by a loss of its own."""
+
+    own_training = True
+
+
+def test_method_with_its_own_objective_is_refused() -> None:
+    """Fails if the loop's loss silently takes the place of the method's."""
+    with pytest.raises(ValueError, match="objective of its own"):
+        hook(Accelerator(cpu=True), timm_vit(), method=OwnObjective())
+
+
+def test_fsdp2_order_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a guard set before FSDP2 replaces the parameters goes unnoticed until the end."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+    run = hook(accelerator, timm_vit())
+    run.reset()
+    with pytest.raises(RuntimeError, match=r"call accelerator\.prepare"), run:
+        pass
+
+
+# ---------------------------------------------------------------------------- resuming
+
+
+class Cut(RuntimeError):
+    """Stops a run."""
+
+
+def stored_run(folder: Path, name: str, cut: int | None = None, kill: int | None = None) -> Any:
+    """A run of 6 steps; `cut`: saved after 3 and left after that step, by SIGKILL after `kill`."""
+    accelerator = Accelerator(cpu=True)
+    model = MODELS[name]()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    run = hook(accelerator, wrapped)
+    with contextlib.suppress(Cut), run:
+        for step in train(accelerator, wrapped, optimizer, loader):
+            if step == 3 and (cut or kill):
+                accelerator.save_state(str(folder))
+            if step == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step == cut:
+                raise Cut
+    return model
+
+
+def resumed_run(folder: Path, name: str, **options: Any) -> Any:
+    """Goes on after the third step."""
+    accelerator = Accelerator(cpu=True)
+    model = MODELS[name]()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    run = hook(accelerator, wrapped, **options)
+    accelerator.load_state(str(folder))
+    with run as session:
+        run_all(accelerator, wrapped, optimizer, loader, first=3)
+    assert session.report.frozen_entries_moved == 0
+    assert session.report.forget_samples == 13
+    accelerator.save_state(str(folder / "after"))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_resumed_ends_in_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Fails if a resumed run measures or resets again."""
+    whole = stored_run(tmp_path, name)
+    stored_run(tmp_path, name, cut=4)
+    assert same_bits(bits_of(whole), bits_of(resumed_run(tmp_path, name)))
+
+
+def _alter_mask(folder: Path) -> None:
+    path = folder / "custom_checkpoint_0.pkl"
+    stored = torch.load(path, weights_only=True)
+    next(iter(stored["run"]["free"].values()))[0] ^= 1
+    torch.save(stored, path)
+
+
+def _alter_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def _remove(folder: Path) -> None:
+    (folder / "custom_checkpoint_0.pkl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "said"),
+    [
+        (_alter_mask, BrokenRun, "was altered"),
+        (_alter_weight, BrokenRun, "begin anew"),
+        (_remove, RuntimeError, "same set of registered objects"),
+    ],
+)
+def test_broken_checkpoints_are_refused(
+    harm: Any, error: type[Exception], said: str, tmp_path: Path
+) -> None:
+    """Fails if a run goes on with other masks or weights than were stored."""
+    stored_run(tmp_path, "timm", cut=4)
+    harm(tmp_path)
+    with pytest.raises(error, match=said):
+        resumed_run(tmp_path, "timm")
+
+
+def test_another_gamma_is_refused_on_resume(tmp_path: Path) -> None:
+    """Fails if a run is resumed under a method that it was not begun with."""
+    stored_run(tmp_path, "timm", cut=4)
+    with pytest.raises(ValueError, match="the stored run used"):
+        resumed_run(tmp_path, "timm", method=deepclean.DeepClean(gamma=3.0))
+
+
+def test_load_state_inside_the_block_is_refused(tmp_path: Path) -> None:
+    """Fails if masks are exchanged under a guard that holds others."""
+    stored_run(tmp_path, "timm", cut=4)
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, _ = accelerator.prepare(model, adamw(model))
+    run = hook(accelerator, wrapped)
+    with pytest.raises(RuntimeError, match="before `with"), run:
+        accelerator.load_state(str(tmp_path))
+
+
+def test_state_from_before_the_reset_begins_anew(tmp_path: Path) -> None:
+    """Fails if a state saved before anything was reset keeps the hook from measuring."""
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    run = hook(accelerator, wrapped)
+    accelerator.save_state(str(tmp_path))
+    accelerator.load_state(str(tmp_path))
+    with run as session:
+        run_all(accelerator, wrapped, optimizer, loader, steps=1)
+    assert session.report.selected_entries > 0
+
+
+def killed(folder: str, name: str, mode: str) -> None:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    path = Path(folder) / "state"
+    if mode == "resume":
+        model = resumed_run(path, name)
+    else:
+        model = stored_run(path, name, kill=5 if mode == "kill" else None)
+    torch.save(model.state_dict(), Path(folder) / f"{mode}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_killed_and_resumed(name: str, tmp_path: Path) -> None:
+    """Fails if a run killed by SIGKILL and resumed ends in other bits than one left alone."""
+    for mode in ("whole", "kill", "resume"):
+        code = f"import test_accelerator as t; t.killed({str(tmp_path)!r}, {name!r}, {mode!r})"
+        ran = in_child("-c", code, folder=HERE)
+        assert ran.returncode == (-signal.SIGKILL if mode == "kill" else 0), ran.stderr
+    ends = [torch.load(tmp_path / f"{m}.pt", weights_only=True) for m in ("whole", "resume")]
+    assert same_bits(*ends)

@@ -1,0 +1,662 @@
+"""The Trainer callback: right masks and held bits in every configuration, resume, clean exits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+
+import deepclean_hooks as deepclean
+from deepclean_hooks.integrations import trainer as adapter
+from deepclean_hooks.methods import Selection
+from deepclean_hooks.stored import masks, sealed
+from deepclean_hooks.stored.sealed import BrokenRun
+from lab.processes import in_child, launch
+from lab.training import (
+    FORGET,
+    METHOD,
+    MODELS,
+    RETAIN,
+    TEST,
+    arguments,
+    bits_of,
+    callback,
+    hf_vit,
+    hooks,
+    moved,
+    same_bits,
+    timm_vit,
+    trainer,
+    truth,
+)
+
+HERE = Path(__file__).resolve().parent
+# The networks are so small that resetting 40 % of them cuts some weights off.
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the reset entries are dead")
+
+
+@pytest.fixture(autouse=True)
+def no_trace() -> Iterator[None]:
+    """After every test, whatever it did, torch's global hook registries are as before."""
+    before = hooks()
+    yield
+    assert hooks() == before
+
+
+def same_masks(run: deepclean.DeepCleanCallback, free: dict[str, Tensor]) -> bool:
+    """Whether a callback holds just these masks."""
+    assert run._kept is not None
+    stored = run._kept[1]["free"]
+    return all(torch.equal(stored[name], mask) for name, mask in masks.pack(free).items())
+
+
+class Weighted(Trainer):
+    """A Trainer with a loss of its own."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Class weights."""
+        output = model(inputs["pixel_values"])
+        weight = torch.tensor([1.0, 5.0, 0.2, 1.0])
+        loss = F.cross_entropy(output["logits"], inputs["labels"], weight=weight)
+        return (loss, output) if return_outputs else loss
+
+
+def focal(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A compute_loss_func."""
+    log_p = -F.cross_entropy(output["logits"], labels, reduction="none")
+    return (-((1 - log_p.exp()) ** 2) * log_p).mean()
+
+
+# name -> (TrainingArguments, Trainer class, Trainer arguments)
+CONFIGURATIONS: dict[str, tuple[dict[str, Any], type[Trainer], dict[str, Any]]] = {
+    "defaults": ({}, Trainer, {}),
+    "accumulation": ({"gradient_accumulation_steps": 3, "max_steps": 3}, Trainer, {}),
+    "bf16": ({"bf16": True}, Trainer, {}),
+    "label smoothing": ({"label_smoothing_factor": 0.2}, Trainer, {}),
+    "compute_loss": ({}, Weighted, {}),
+    "compute_loss_func": ({}, Trainer, {"compute_loss_func": focal}),
+    "checkpointing": ({"gradient_checkpointing": True}, Trainer, {}),
+    "reentrant checkpointing": (
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        Trainer,
+        {},
+    ),
+    "adamw, unfused": ({"optim": "adamw_torch"}, Trainer, {}),
+    "sgd": ({"optim": "sgd"}, Trainer, {}),
+    "schedule-free": ({"optim": "schedule_free_adamw"}, Trainer, {}),
+    "large batches": ({"per_device_train_batch_size": 37}, Trainer, {}),
+    "evaluation": ({"eval_strategy": "steps", "eval_steps": 2}, Trainer, {"eval_dataset": TEST}),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing", "ignore:None of the inputs have")
+def test_masks_and_bits_in_every_configuration(name: str, tmp_path: Path) -> None:
+    """Fails if precision, loss or batches of the training enter the measurement, or a bit moves."""
+    options, kind, others = CONFIGURATIONS[name]
+    if name == "schedule-free":
+        pytest.importorskip("schedulefree")
+    model = hf_vit()
+    then, free = bits_of(model), truth(model)
+    run = callback()
+    trainer(tmp_path, model, run, kind, others, **options).train()
+    assert same_masks(run, free)
+    frozen_moved, free_moved = moved(model, then, free)
+    assert frozen_moved == 0
+    assert free_moved > 0
+    assert run.report.frozen_entries_moved == 0
+    assert run.report.optimizer_steps == options.get("max_steps", 6)
+
+
+def test_without_the_callback_frozen_weights_move(tmp_path: Path) -> None:
+    """The opposite: the same training without the callback moves what would be frozen."""
+    model = hf_vit()
+    then, free = bits_of(model), truth(model)
+    trainer(tmp_path, model).train()
+    assert moved(model, then, free)[0] > 1000
+
+
+@pytest.mark.parametrize("name", ["timm", "convolutional"])
+def test_other_models_in_one_line(name: str, tmp_path: Path) -> None:
+    """Fails if a timm or a plain network in the wrapper is measured or held otherwise."""
+    model = MODELS[name]()
+    then, free = bits_of(model), truth(model)
+    run = callback()
+    trainer(tmp_path, model, run).train()
+    frozen_moved, free_moved = moved(model, then, free)
+    assert frozen_moved == 0
+    assert free_moved > 0
+    labels = FORGET.tensors[1]
+    output = model(FORGET.tensors[0], labels)
+    assert torch.equal(output["loss"], F.cross_entropy(output["logits"], labels))
+
+
+def test_compiled_training(tmp_path: Path) -> None:
+    """Fails if torch.compile hides the model from the measurement, or its names are taken."""
+    model = timm_vit()
+    then, free = bits_of(model), truth(model)
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+    trainer(tmp_path, model, callback(), per_device_train_batch_size=4, **options).train()
+    frozen_moved, free_moved = moved(model, then, free)
+    assert frozen_moved == 0
+    assert free_moved > 0
+    torch._dynamo.reset()
+
+
+def test_measuring_leaves_training_as_it_was(tmp_path: Path) -> None:
+    """Fails if measuring takes random numbers or leaves a mode: dropout would then differ."""
+    measured, given = timm_vit(dropout=0.2), timm_vit(dropout=0.2)
+    first = callback()
+    trainer(tmp_path, measured, first).train()
+    # The same run given its masks: nothing is measured in it.
+    second = callback()
+    run = trainer(tmp_path, given, second)
+    with torch.no_grad():
+        for name, mask in truth(given).items():
+            dict(given.named_parameters())[name].masked_fill_(mask, 0)
+    second._kept = (weakref.ref(given), first._kept[1])
+    run.train()
+    assert same_bits(bits_of(measured), bits_of(given))
+
+
+class Recorder(TrainerCallback):
+    """Stands where TensorBoard and W&B stand: before the user's callbacks."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Keeps what is logged."""
+        self.logs.append(dict(logs))
+
+
+def test_figures_reach_loggers_and_the_output_folder(tmp_path: Path) -> None:
+    """Fails if a figure comes after the loggers' turn, or the report is not written."""
+    recorder = Recorder()
+    run = deepclean.DeepCleanCallback(FORGET, method=METHOD, test=TEST)
+    options = {"eval_strategy": "steps", "eval_steps": 3}
+    one = Trainer(
+        model=hf_vit(),
+        args=arguments(tmp_path, **options),
+        train_dataset=RETAIN,
+        eval_dataset=TEST,
+        data_collator=deepclean.ImageClassifier.collate,
+        callbacks=[recorder, run],
+    )
+    one.train()
+    logged = {key: value for line in recorder.logs for key, value in line.items()}
+    assert logged["deepclean_selected_fraction"] == run.report.selected_fraction
+    assert logged["deepclean_dead_fraction"] == run.report.dead_fraction
+    after = run.report.scores["after"]["sets"]
+    assert logged["deepclean_forget_accuracy"] == after["forget"]["accuracy"]
+    assert set(after) == {"forget", "retain", "test"}
+    history = {key for line in one.state.log_history for key in line}
+    assert {"deepclean_forget_accuracy", "deepclean_frozen_entries_moved"} <= history
+    stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert stored["phase"] == "finished"
+    assert stored["frozen_entries_moved"] == 0
+    assert "0 frozen entries moved" in (tmp_path / "report.txt").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------- resuming
+
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+class Cut(RuntimeError):
+    """Stops a run."""
+
+
+class CutAt(TrainerCallback):
+    """Raises after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The cut."""
+        if state.global_step == self.step:
+            raise Cut
+
+
+def cut_run(folder: Path, name: str, step: int = 4) -> None:
+    """A run that saved a checkpoint after 3 steps and was cut after `step`."""
+    one = trainer(folder, MODELS[name](), callback(), **SAVING)
+    one.add_callback(CutAt(step))
+    with pytest.raises(Cut):
+        one.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "restore"),
+    [("transformers", False), ("transformers", True), ("timm", False), ("convolutional", False)],
+)
+def test_resumed_ends_in_the_same_bits(name: str, restore: bool, tmp_path: Path) -> None:
+    """Fails if a resumed run measures or resets again, or trains on partly loaded weights."""
+    uninterrupted = MODELS[name]()
+    trainer(tmp_path / "whole", uninterrupted, callback()).train()
+    cut_run(tmp_path / "cut", name)
+    resumed = MODELS[name]()
+    # Without any data set: nothing is measured.
+    run = deepclean.DeepCleanCallback(method=METHOD, scores=False)
+    options = {**SAVING, "restore_callback_states_from_checkpoint": restore}
+    trainer(tmp_path / "cut", resumed, run, **options).train(resume_from_checkpoint=True)
+    assert same_bits(bits_of(uninterrupted), bits_of(resumed))
+    assert run.report.frozen_entries_moved == 0
+    assert run.report.forget_samples == 13
+
+
+def test_resume_from_a_folder_that_was_moved(tmp_path: Path) -> None:
+    """Fails if the masks are looked for where the checkpoint once was."""
+    cut_run(tmp_path / "cut", "timm")
+    moved_to = (tmp_path / "cut" / "checkpoint-3").rename(tmp_path / "elsewhere")
+    uninterrupted, resumed = timm_vit(), timm_vit()
+    trainer(tmp_path / "whole", uninterrupted, callback()).train()
+    trainer(tmp_path / "new", resumed, callback()).train(resume_from_checkpoint=str(moved_to))
+    assert same_bits(bits_of(uninterrupted), bits_of(resumed))
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def _alter_mask(path: Path) -> None:
+    stored = sealed.read(path)
+    next(iter(stored["run"]["free"].values()))[0] ^= 1
+    torch.save(stored, path)
+
+
+def _alter_weight(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = path.with_name("model.safetensors")
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (_remove, "is missing"),
+        (_truncate, "is damaged"),
+        (_alter_mask, "was altered"),
+        (_alter_weight, "are not those that were saved"),
+    ],
+)
+def test_broken_checkpoints_are_refused(harm: Any, said: str, tmp_path: Path) -> None:
+    """Fails if a run goes on with other masks or weights than were stored."""
+    name = "transformers" if harm is _alter_weight else "timm"  # the one that can be repaired
+    cut_run(tmp_path, name)
+    harm(tmp_path / "checkpoint-3" / adapter.FILE)
+    one = trainer(tmp_path, MODELS[name](), callback(), **SAVING)
+    with pytest.raises(BrokenRun, match=f"{said}.*Take another checkpoint"):
+        one.train(resume_from_checkpoint=True)
+
+
+def test_another_gamma_is_refused_on_resume(tmp_path: Path) -> None:
+    """Fails if a run is resumed under a method that it was not begun with."""
+    cut_run(tmp_path, "timm")
+    other = callback(method=deepclean.DeepClean(gamma=3.0))
+    with pytest.raises(ValueError, match="the stored run used"):
+        trainer(tmp_path, timm_vit(), other, **SAVING).train(resume_from_checkpoint=True)
+
+
+class WorseAndWorse(Trainer):
+    """The first evaluation is the best one."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The step as the loss."""
+        found = super().evaluate(*args, **kwargs)
+        found["eval_loss"] = float(self.state.global_step)
+        return found
+
+
+@pytest.mark.parametrize("name", ["transformers", "timm"])
+def test_best_model_is_loaded_whole(name: str, tmp_path: Path) -> None:
+    """Fails if load_best_model_at_end leaves weights of the last step among those of the best."""
+    model = MODELS[name]()
+    options = {**SAVING, "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    run = callback()
+    one = trainer(tmp_path, model, run, WorseAndWorse, {"eval_dataset": TEST}, **options)
+    one.train()
+    assert one.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    at_best = MODELS[name]()
+    # The schedule of 6 steps, cut after the third.
+    stopped = trainer(tmp_path / "short", at_best, callback())
+    stopped.add_callback(CutAt(3))
+    with pytest.raises(Cut):
+        stopped.train()
+    assert same_bits(bits_of(model), bits_of(at_best))
+    assert run.report.frozen_entries_moved == 0
+
+
+# ---------------------------------------------------------------------------- lives of a Trainer
+
+
+def test_second_call_of_train_keeps_the_masks(tmp_path: Path) -> None:
+    """Fails if a second train() measures the model that has forgotten, or resets it again."""
+    model = timm_vit()
+    then, free = bits_of(model), truth(model)
+    run = callback()
+    one = trainer(tmp_path, model, run)
+    one.train()
+    between = bits_of(model)
+    one.train()
+    assert same_masks(run, free)
+    frozen_moved, _ = moved(model, then, free)
+    assert frozen_moved == 0
+    trained = sum(int((between[n] != p).sum()) for n, p in model.named_parameters())
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert trained > 0
+    assert zeros < sum(int(m.sum()) for m in free.values()) / 2
+
+
+def test_another_model_is_measured_anew(tmp_path: Path) -> None:
+    """Fails if the masks of one model_init model are used on the next one (a search's trials)."""
+    made: list[nn.Module] = []
+
+    def init() -> nn.Module:
+        made.append(timm_vit())
+        return made[-1]
+
+    run = callback()
+    one = Trainer(
+        model_init=init,
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=RETAIN,
+        data_collator=deepclean.ImageClassifier.collate,
+        callbacks=[run],
+    )
+    one.train()
+    first = bits_of(one.model)
+    one.train()
+    assert len(made) > 1
+    assert same_bits(first, bits_of(one.model))
+
+
+class TooLarge(Trainer):
+    """Runs out of memory once, after its third step."""
+
+    failures = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Fails once."""
+        if self.state.global_step == 3 and not self.failures:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().training_step(*args, **kwargs)
+
+
+def test_smaller_batches_after_running_out_of_memory(tmp_path: Path) -> None:
+    """Fails if the second attempt measures the half-trained model, or meets the first's guard."""
+    model = timm_vit()
+    then, free = bits_of(model), truth(model)
+    run = callback()
+    one = trainer(tmp_path, model, run, TooLarge, auto_find_batch_size=True)
+    one.train()
+    assert one.failures == 1
+    assert same_masks(run, free)
+    assert moved(model, then, free)[0] == 0
+    assert run.report.frozen_entries_moved == 0
+
+
+@pytest.mark.parametrize("error", [Cut, KeyboardInterrupt])
+def test_exception_leaves_no_hook(error: type[BaseException], tmp_path: Path) -> None:
+    """Fails if a hook outlives a training that raised: on_train_end does not happen then."""
+    before, seen = hooks(), []
+
+    class Raise(TrainerCallback):
+        def on_step_end(self, *args: Any, **_: Any) -> None:
+            seen.append(hooks())
+            raise error
+
+    model = timm_vit()
+    one = trainer(tmp_path, model, callback())
+    one.add_callback(Raise())
+    with pytest.raises(error):
+        one.train()
+    assert seen[0] > before
+    assert hooks() == before
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_checkpoints_from_before_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails if nobody is told that older checkpoints still hold what was forgotten."""
+    trainer(tmp_path, timm_vit(), max_steps=3, save_strategy="steps", save_steps=3).train()
+    trainer(tmp_path, timm_vit(), callback(), max_steps=1).train()
+    assert f"hold what is to be forgotten, weights and optimizer.pt: {tmp_path}" in caplog.text
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    """Fails if two sets of masks are held on one model."""
+    one = trainer(tmp_path, timm_vit(), callback())
+    one.add_callback(callback())
+    with pytest.raises(RuntimeError, match="already held by another guard"):
+        one.train()
+
+
+def test_no_forget_set(tmp_path: Path) -> None:
+    """Fails if a run begins without anything to forget."""
+    one = trainer(tmp_path, timm_vit(), deepclean.DeepCleanCallback())
+    with pytest.raises(ValueError, match="no forget set"):
+        one.train()
+
+
+def test_report_before_training() -> None:
+    """Fails if the report of a run that has not begun is anything but an error."""
+    with pytest.raises(RuntimeError, match=r"before trainer\.train"):
+        _ = callback().report
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")]
+)
+def test_sharding_engines_are_refused(engine: str, said: str, tmp_path: Path) -> None:
+    """Fails if a model whose weights cannot be measured or held is begun with."""
+
+    class Sharded(Trainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            setattr(self, engine, True)
+
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, timm_vit(), callback(), Sharded)
+
+
+class Nothing(deepclean.DeepClean):
+    """Resets and lets nothing train afterwards."""
+
+    def free(self, selection: Selection) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+
+def test_method_that_trains_nothing_ends_the_training(tmp_path: Path) -> None:
+    """Fails if the edit is missing, training goes on, or a bit (a running mean) moves in it."""
+    model = MODELS["convolutional"]()
+    edited = copy.deepcopy(model)
+    for name, mask in truth(model, Nothing(gamma=1.1)).items():
+        dict(edited.named_parameters())[name].data.masked_fill_(mask, 0)
+    selected = truth(model)
+    for name, p in edited.named_parameters():
+        if name in selected:
+            p.data.masked_fill_(selected[name], 0)
+    run = callback(method=Nothing(gamma=1.1))
+    one = trainer(tmp_path, model, run)
+    one.train()
+    assert one.state.global_step <= 1
+    assert same_bits(bits_of(edited), bits_of(model))
+
+
+class OwnObjective(deepclean.DeepClean):
+    """Trains by a loss of its own."""
+
+    own_training = True
+
+
+def test_method_with_its_own_objective_is_refused() -> None:
+    """Fails if the Trainer's loss silently takes the place of the method's."""
+    with pytest.raises(ValueError, match="objective of its own"):
+        callback(method=OwnObjective())
+
+
+class Columns(Dataset[dict[str, Any]]):
+    """Samples with `label` and columns that the model does not take."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {
+            "pixel_values": self.images[i],
+            "label": int(self.labels[i]),
+            "name": f"image {i}",
+            "weight": 1.0,
+        }
+
+
+def test_extra_columns_and_the_default_collator(tmp_path: Path) -> None:
+    """Fails if D_f is collated otherwise than the Trainer collates: extra columns, `label`."""
+    model = hf_vit()
+    free = truth(model)
+    run = deepclean.DeepCleanCallback(Columns(*FORGET.tensors), method=METHOD, scores=False)
+    one = Trainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=Columns(*RETAIN.tensors),
+        callbacks=[run],
+    )
+    one.train()
+    assert same_masks(run, free)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated")
+def test_adapters_of_peft(tmp_path: Path) -> None:
+    """Fails if LoRA's base weights move, or a resumed adapter run ends in other bits."""
+    peft = pytest.importorskip("peft")
+
+    def lora() -> nn.Module:
+        torch.manual_seed(1)
+        config = peft.LoraConfig(
+            r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=[]
+        )
+        return peft.get_peft_model(hf_vit(), config)
+
+    whole, base = lora(), bits_of(lora())
+    run = callback()
+    trainer(tmp_path / "whole", whole, run).train()
+    assert run.report.frozen_entries_moved == 0
+    assert 0 < run.report.selected_entries < run.report.trainable_entries
+    unmoved = {n: v for n, v in bits_of(whole).items() if "lora" not in n}
+    assert same_bits({n: v for n, v in base.items() if "lora" not in n}, unmoved)
+    one = trainer(tmp_path / "cut", lora(), callback(), **SAVING)
+    one.add_callback(CutAt(4))
+    with pytest.raises(Cut):
+        one.train()
+    resumed = lora()
+    trainer(tmp_path / "cut", resumed, callback(), **SAVING).train(resume_from_checkpoint=True)
+    assert same_bits(bits_of(whole), bits_of(resumed))
+
+
+# ---------------------------------------------------------------------------- killed
+
+
+def killed_trainer(folder: str, name: str, mode: str) -> None:
+    """In a process of its own: trains whole, is killed after step 5, or resumes; saves the bits."""
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    model = MODELS[name]()
+    one = trainer(Path(folder) / mode.replace("resume", "kill"), model, callback(), **SAVING)
+    if mode == "kill":
+        one.add_callback(Kill())
+    one.train(resume_from_checkpoint=mode == "resume" or None)
+    torch.save(model.state_dict(), Path(folder) / f"{mode}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+def test_killed_and_resumed(name: str, tmp_path: Path) -> None:
+    """Fails if a run killed by SIGKILL and resumed ends in other bits than one left alone."""
+    codes = {}
+    for mode in ("whole", "kill", "resume"):
+        code = f"import test_trainer as t; t.killed_trainer({str(tmp_path)!r}, {name!r}, {mode!r})"
+        ran = in_child("-c", code, folder=HERE)
+        codes[mode] = ran.returncode
+        assert ran.returncode == (-signal.SIGKILL if mode == "kill" else 0), ran.stderr
+    ends = {m: torch.load(tmp_path / f"{m}.pt", weights_only=True) for m in ("whole", "resume")}
+    assert same_bits(ends["whole"], ends["resume"])
+
+
+def one_of_two(folder: str) -> None:
+    """In each of two processes: a run under DistributedDataParallel, cut and resumed."""
+    path = Path(folder)
+    found: dict[str, Any] = {}
+    for name in ("transformers", "convolutional"):
+        model = MODELS[name]()
+        then, free = bits_of(model), truth(model)
+        run = callback()
+        options = {**SAVING, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+        trainer(path / name, model, run, **options).train()
+        resumed = MODELS[name]()
+        again = callback()
+        one = trainer(path / name, resumed, again, **options)
+        one.train(resume_from_checkpoint=str(path / name / "checkpoint-3"))
+        parameters = [n for n, _ in model.named_parameters()]
+        found[name] = {
+            "moved": moved(model, then, free),
+            "masks agree": same_masks(run, free),
+            "weights": {n: value for n, value in bits_of(model).items() if n in parameters},
+            "resumed": {n: value for n, value in bits_of(resumed).items() if n in parameters},
+            "steps": run.report.optimizer_steps,
+        }
+    torch.save(found, path / f"rank{os.environ['RANK']}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """Fails if ranks differ in masks or weights, a mask differs from that of one process, or a
+    resumed run ends elsewhere."""
+    launch("-W", "ignore", "-c", f"import test_trainer as t; t.one_of_two({str(tmp_path)!r})")
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    for name in ("transformers", "convolutional"):
+        one, other = (rank[name] for rank in ranks)
+        assert one["masks agree"]
+        assert other["masks agree"]
+        assert one["moved"] == other["moved"]
+        assert one["moved"][0] == 0
+        assert one["moved"][1] > 100
+        assert one["steps"] == 6
+        assert same_bits(one["weights"], other["weights"])
+        assert same_bits(one["weights"], one["resumed"])
+        assert (tmp_path / name / "report.json").is_file()

@@ -1,0 +1,1 @@
+"""What tests share: references, cases, networks with planted behaviour, worker processes."""
