@@ -15,7 +15,8 @@ SMALL = {
     "resnet20": (20, (16, 32, 64)),
 }
 VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # (width, convolutions) of each stage
-NETWORKS = ("resnet18", "vgg16", *SMALL)
+CONV4 = (32, 64, 128, 256)  # widths
+NETWORKS = ("resnet18", "vgg16", "conv4", *SMALL)
 
 
 def network(name: str, kind: Kind, *, seed: int) -> nn.Module:
@@ -28,6 +29,8 @@ def network(name: str, kind: Kind, *, seed: int) -> nn.Module:
             return _resnet18(kind)
         if name == "vgg16":
             return _vgg16(kind)
+        if name == "conv4":
+            return _conv4(kind)
     raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {name!r}")
 
 
@@ -64,3 +67,17 @@ def _vgg16(kind: Kind) -> nn.Module:
             inputs = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, kind.classes))
+
+
+def _conv4(kind: Kind) -> nn.Module:
+    """Four convolutions with batch normalisation, each followed by a pooling by 2: 391k parameters
+    that learn 20,000 images of CIFAR-10 by heart in 15 epochs."""
+    layers: list[nn.Module] = []
+    inputs = kind.channels
+    for width in CONV4:
+        layers += [nn.Conv2d(inputs, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers.append(nn.MaxPool2d(2))
+        inputs = width
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, kind.classes)
+    )

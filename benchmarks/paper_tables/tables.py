@@ -8,7 +8,11 @@ from typing import Any
 from .methods import ABLATIONS, AT, BUDGETED, MAIN, MORE
 
 Summary = dict[str, Any]
-TITLES = {"random": "10 % of the training samples at random", "class": "one class (label 0)"}
+TITLES = {
+    "random": "10 % of the training samples at random",
+    "percent": "1 % of the training samples at random",
+    "class": "one class (label 0)",
+}
 COLUMNS = {
     "acc_dr": ("Acc D_r", ".1f"),
     "acc_df": ("Acc D_f", ".1f"),
