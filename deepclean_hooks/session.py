@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data import losses
@@ -34,6 +35,7 @@ from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.metrics.evaluate import Gold, evaluate
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.options import Options, require_known
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.report import forgotten as identifiers
 from deepclean_hooks.report.report import Layer, Report
@@ -41,51 +43,36 @@ from deepclean_hooks.stored import bits, checkpoint, masks
 from deepclean_hooks.tuning import gamma_auto
 from deepclean_hooks.tuning.gamma_sweep import grid
 
-PHASES = ("new", "measured", "selected", "reset", "guarded", "finished")
-
 
 class Session:
     """One unlearning run of one model by one method; `report` can be read at any time.
 
-    `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
-    default. `norm_statistics`: what your loop does to running statistics of normalisation layers:
-    "update" (the default: it refreshes them from the retain data) or "freeze" (they keep their
-    bits, in eval mode). `test`, `forget_test` (test data like the forget set, such as
-    its class) and `gold` (one model or several), if given, are what the scores are computed on and
-    compared with; `scores=False` leaves the two evaluations out, each a forward pass over all sets.
-    `batch_size` and `collate_fn` serve sets that are no loaders.
+    `deepclean_hooks.options.Options` says what each option is.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        *,
-        loss_fn: LossFn | None = None,
-        norm_statistics: NormStatistics = "update",
-        test: Data | None = None,
-        forget_test: Data | None = None,
-        gold: Gold | None = None,
-        scores: bool = True,
-        batch_size: int | None = None,
-        collate_fn: Any = None,
-        progress: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, method: Method, **options: Unpack[Options]) -> None:
         """Raises TypeError or ValueError for bad settings, RuntimeError for a model that another
         session holds."""
+        require_known(options, "Session")
         if not isinstance(method, Method):
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
+        norm_statistics: NormStatistics = options.get("norm_statistics") or "update"
         require_choice(norm_statistics)
         fsdp.reshard(unwrap(model))
         require_trainable(unwrap(model))
         require_unguarded(dict(unwrap(model).named_parameters()))
         self.model, self.method = model, method
-        self.loss_fn = loss_fn or losses.cross_entropy
-        self.norm_statistics: NormStatistics = norm_statistics
-        self.gold, self.scores, self.progress = gold, scores, progress
-        self._reading = {"batch_size": batch_size, "collate_fn": collate_fn}
+        self.loss_fn: LossFn = options.get("loss_fn") or losses.cross_entropy
+        self.norm_statistics = norm_statistics
+        self.gold, self.progress = options.get("gold"), options.get("progress", True)
+        self.scores, self.dead_count = options.get("scores", True), options.get("dead_count", True)
+        self._reading: dict[str, Any] = {
+            "batch_size": options.get("batch_size"),
+            "collate_fn": options.get("collate_fn"),
+        }
         self._sets: dict[str, Samples] = {}
-        for name, data in (("test", test), ("forget_test", forget_test)):
+        scored = {"test": options.get("test"), "forget_test": options.get("forget_test")}
+        for name, data in scored.items():
             if data is not None:
                 self._sets[name] = samples_of(data, name=name, **self._reading)
         self._phase = "new"
@@ -512,7 +499,7 @@ class Session:
         assert self._selection is not None
         retain = self._sets.get("retain")
         total = self._facts["selected_entries"]
-        if retain is None or not total or not self.trains:
+        if not self.dead_count or retain is None or not total or not self.trains:
             return
         with self._timed("dead"):
             counts = dead.dead_entries(

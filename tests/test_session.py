@@ -405,6 +405,42 @@ def test_bad_settings_are_refused_at_once() -> None:
         session(network().requires_grad_(False))
 
 
+def test_an_unknown_option_is_refused_with_the_options_there_are() -> None:
+    """Fails if a misspelt option is swallowed, as a dict of options does by itself."""
+    for name in ("scorse", "forgettest", "gamma"):
+        with pytest.raises(TypeError, match=f"Session has no option '{name}'; .*forget_test, gold"):
+            session(network(), **{name: True})
+    with pytest.raises(TypeError, match="no option 'epochs', 'lr'"):
+        session(network(), lr=1, epochs=2)
+
+
+def test_without_the_dead_count_the_retain_set_is_not_walked_again() -> None:
+    """Fails if `dead_count=False` is ignored: the count reads the retain set a second time."""
+
+    class Counted(torch.utils.data.Dataset):
+        read = 0
+
+        def __len__(self) -> int:
+            return len(RETAIN)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+            self.read += 1
+            return RETAIN[index]
+
+    def after_reset(**options: bool) -> tuple[int, float | None]:
+        counted = Counted()
+        run = session(network(), **options).measure(FORGET, counted)
+        run.select()
+        before = counted.read
+        fraction = run.reset().report.dead_fraction
+        return counted.read - before, fraction
+
+    assert after_reset(dead_count=False) == (0, None)
+    read, fraction = after_reset()
+    assert read > 0
+    assert fraction is not None
+
+
 def test_norm_statistics_policy() -> None:
     """Fails if "freeze" lets a running statistic move, or "update" holds it."""
 
