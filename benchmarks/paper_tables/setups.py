@@ -132,8 +132,8 @@ def setup(
     cache: Path = Path("build/paper_tables"),
     device: str = "cpu",
 ) -> Setup:
-    """The setup of a scale ("full", "small", "saturated" or "smoke"), with its own choices where none is
-    given."""
+    """The setup of a scale ("full", "small", "saturated" or "smoke"), with its own choices where
+    none is given."""
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     chosen = SCALES[scale]
