@@ -211,7 +211,7 @@ class DeepCleanCallback(TrainerCallback):
             follow(trainer, "train", weakly(self._around_training))
 
     @contextlib.contextmanager
-    def _around_training(self, trainer: Trainer, name: str) -> Iterator[None]:
+    def _around_training(self, trainer: Trainer, name: str, *_: Any, **__: Any) -> Iterator[None]:
         self._verified = False
         try:
             yield

@@ -10,27 +10,28 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-Around = Callable[[Any, str], AbstractContextManager[None] | None]
+Around = Callable[..., AbstractContextManager[None] | None]
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A bound method that does not keep its object alive; returns None once that is gone."""
     reference = weakref.WeakMethod(method)
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         alive = reference()
-        return None if alive is None else alive(*args)
+        return None if alive is None else alive(*args, **kwargs)
 
     return call
 
 
 def follow(owner: Any, name: str, around: Around) -> Callable[[], None]:
-    """Runs every call of a method inside `around(owner, name)`; returns what undoes that."""
+    """Runs every call of a method inside `around(owner, name, *args, **kwargs)`, the arguments of
+    the call; returns what undoes that."""
     original, before = getattr(owner, name), vars(owner).get(name)
 
     @functools.wraps(original)
     def followed(this: Any, *args: Any, **kwargs: Any) -> Any:
-        with around(this, name) or contextlib.nullcontext():
+        with around(this, name, *args, **kwargs) or contextlib.nullcontext():
             return original(*args, **kwargs)
 
     # A bound method, because learning rate schedulers wrap `optimizer.step.__func__`.

@@ -260,7 +260,7 @@ class Guard:
             self.steps += self._touches(optimizer)
 
     @contextlib.contextmanager
-    def _following(self, optimizer: Any, name: str) -> Iterator[None]:
+    def _following(self, optimizer: Any, name: str, *_: Any, **__: Any) -> Iterator[None]:
         seen = self.steps
         try:
             yield
