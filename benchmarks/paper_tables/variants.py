@@ -12,9 +12,8 @@ from deepclean_hooks import BatchMean, DeepClean
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import Mask, Selection
-from deepclean_hooks.methods.baselines.fine_tune import everything
-from deepclean_hooks.methods.baselines.retrain import fresh
-from deepclean_hooks.methods.ssd import ratio
+from deepclean_hooks.methods.selecting import everything, ratio
+from deepclean_hooks.methods.teachers import fresh
 
 
 @dataclass(frozen=True)

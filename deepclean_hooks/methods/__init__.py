@@ -14,7 +14,8 @@ from deepclean_hooks.methods.baselines.small_gradients import MSG
 from deepclean_hooks.methods.baselines.transpose import CT
 from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.methods.deepclean import DeepClean
-from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Mask, Selection
 from deepclean_hooks.methods.ssd import ASSD, LFSSD, SSD
 from deepclean_hooks.methods.training import Training
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.layer_inputs import LayerInputs
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.method import Mask, Method, Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Mask, Selection
+from deepclean_hooks.methods.settings import require_positive
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,23 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from deepclean_hooks.data.samples import Data
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import (
+    Mask,
+    Selection,
+    above_noise,
+    exceeds,
+    rounding_noise,
+)
+from deepclean_hooks.methods.settings import is_number, require_shares
 from deepclean_hooks.ranks import shards
-
-# An entry whose true gradient is 0 (an attention key bias: softmax does not see a shift) holds the
-# rounding of terms that cancel: about eps of their size, eps^2 when squared. 8 eps leaves room for
-# the terms of one sum.
-NOISE_IN_EPS = 8.0
 
 Parameters = str | tuple[str, ...] | Callable[[str, nn.Parameter], bool]
 
@@ -66,16 +69,12 @@ class DeepClean(Method):
     def __post_init__(self) -> None:
         """Raises ValueError unless gamma is a positive number or "auto", and max_selected a
         share."""
-        gamma, share = self.gamma, self.max_selected
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(
-                f"max_selected must be a share above 0 and at most 1, got {share!r}; 0.1 is a "
-                "tenth of the entries that may be selected"
-            )
+        gamma = self.gamma
+        if self.max_selected is not None:
+            require_shares(max_selected=self.max_selected)
         if gamma == "auto":
             return
-        number = isinstance(gamma, int | float) and not isinstance(gamma, bool)
-        if not number or not math.isfinite(gamma) or gamma <= 0:
+        if not is_number(gamma) or not math.isfinite(gamma) or gamma <= 0:
             raise ValueError(
                 f'gamma must be a positive number or "auto", got {gamma!r}; the paper uses 2.0 for '
                 "a class and 1.1 for random samples"
@@ -96,10 +95,6 @@ class DeepClean(Method):
             )
         return self.gamma
 
-    def settings(self) -> dict[str, Any]:
-        """gamma and which parameters may be selected."""
-        return {name: value for name, value in super().settings().items() if name != "held_out"}
-
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether entries of this parameter may be selected."""
         if parameter.dim() <= 1 and not self.one_dimensional:
@@ -114,12 +109,12 @@ class DeepClean(Method):
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The entries with I_Df > gamma * I_Dr that are not mere rounding noise on the forget
         side."""
-        found = _selected(forget, retain, self.number)
+        literal = _selected(forget, retain, self.number)
         if self.max_selected is None:
-            return found
-        most = math.floor(self.max_selected * found.candidates)
-        if found.entries() <= most:
-            return found
+            return literal
+        most = math.floor(self.max_selected * literal.candidates)
+        if literal.entries() <= most:
+            return literal
         raised = _selected(forget, retain, _least_gamma(forget, retain, self.number, most))
         why = f"raised from {self.number:g} to select at most {self.max_selected:.3g} of them"
         return dataclasses.replace(raised, criterion=f"{raised.criterion}, {why}")
@@ -169,43 +164,3 @@ def _least_gamma(forget: Measurement, retain: Measurement, gamma: float, most: i
         middle = math.sqrt(low * high)
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
-
-
-def exceeds(one: Measurement, other: Measurement, factor: float) -> Mask:
-    """True where I_one > factor * I_other, compared by product: no division, no epsilon."""
-    # S/n > factor * T/m  <=>  S * m > factor * T * n: one rounding fewer, and counts are exact in
-    # float64.
-    return {
-        name: total * other.count > factor * other.sums[name] * one.count
-        for name, total in one.sums.items()
-    }
-
-
-def above_noise(above: Mask, forget: Measurement, criterion: str) -> Selection:
-    """The selection of those entries above a criterion that are no rounding noise of `forget`."""
-    noise = rounding_noise(forget)
-    held = {name: shards.total(mask & noise[name]) for name, mask in above.items()}
-    return Selection(
-        masks={name: mask & ~noise[name] for name, mask in above.items()},
-        candidates=sum(mask.numel() for mask in above.values()),
-        criterion=criterion,
-        held_back=sum(held.values()),
-        held_back_by_layer={name: count for name, count in held.items() if count},
-    )
-
-
-def rounding_noise(diagonal: Measurement) -> Mask:
-    """True where an entry is at most (8 eps)^2 of its tensor's largest, or its tensor of the
-    model's largest.
-
-    eps is that of the precision the gradients were computed in: 1.2e-7 in float32, so the floor is
-    9.1e-13.
-    """
-    computed = getattr(torch, diagonal.settings.get("computed", "float32"))
-    floor = (NOISE_IN_EPS * torch.finfo(computed).eps) ** 2
-    largest = {n: shards.largest(t) if t.numel() else 0.0 for n, t in diagonal.sums.items()}
-    model = max(largest.values(), default=0.0)
-    return {
-        name: total <= (floor * largest[name] if largest[name] > floor * model else model)
-        for name, total in diagonal.sums.items()
-    }

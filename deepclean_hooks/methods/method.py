@@ -4,9 +4,8 @@ of tensors."""
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -15,34 +14,17 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.methods.selecting import Mask, Selection, everything, nothing
 from deepclean_hooks.methods.training import Training
-from deepclean_hooks.ranks import shards
 
-Mask = dict[str, Tensor]
-"""Parameter name -> bool tensor of its shape; a parameter that is not named is False throughout."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The entries that a method picked, W_f, and what it has to say about the others.
-
-    `candidates`: entries that could have been picked; `held_back`: entries that the criterion
-    picked but that hold only rounding noise; `criterion`: in words, for the report.
-    """
-
-    masks: Mask
-    candidates: int
-    criterion: str
-    held_back: int = 0
-    held_back_by_layer: dict[str, int] = field(default_factory=dict)
-
-    def entries(self) -> int:
-        """How many were picked; of a sharded model on all ranks together, which all call this."""
-        return sum(shards.total(mask) for mask in self.masks.values())
+__all__ = ["Mask", "Method", "Selection"]
 
 
 class Method(ABC):
     """One unlearning method; a frozen dataclass whose fields are its hyper-parameters.
+
+    A method says what it does otherwise than plain fine-tuning on the retain set: as it stands here
+    nothing is selected, no weight is written, and everything trainable trains by your own loss.
 
     `knob`: the hyper-parameter that widens the selection when lowered, for messages; empty where
     selecting nothing or everything is what the method means. `effect`: what becomes of the selected
@@ -76,15 +58,16 @@ class Method(ABC):
         """Whether `select` is given a measurement of D_r and D_f, walked as one, as `retain`."""
         return False
 
-    @abstractmethod
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether entries of this trainable parameter may be picked; only these are measured."""
+        """Whether entries of this trainable parameter may be picked; only these are measured. All
+        of them by default."""
+        return True
 
-    @abstractmethod
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
-        """W_f from the two measurements, both of the same parameters; changes nothing."""
+        """W_f from the two measurements, both of the same parameters; changes nothing. No entry by
+        default."""
+        return Selection(nothing(forget), 0, "nothing is selected")
 
-    @abstractmethod
     def new_values(
         self,
         weights: Mapping[str, Tensor],
@@ -92,7 +75,9 @@ class Method(ABC):
         forget: Measurement,
         retain: Measurement,
     ) -> dict[str, Tensor]:
-        """What the picked entries become: full-shape tensors, read only where the mask is True."""
+        """What the picked entries become: full-shape tensors, read only where the mask is True. The
+        weights as they are by default."""
+        return {name: weights[name] for name in selection.masks}
 
     def values(
         self, model: nn.Module, selection: Selection, forget: Measurement, retain: Measurement
@@ -102,9 +87,10 @@ class Method(ABC):
         weights = {name: p.detach() for name, p in model.named_parameters()}
         return self.new_values(weights, selection, forget, retain)
 
-    @abstractmethod
     def free(self, selection: Selection) -> Mask:
-        """The entries that may train afterwards; every other entry keeps its bits."""
+        """The entries that may train afterwards; every other entry keeps its bits. Every entry that
+        was measured by default."""
+        return everything(selection.masks)
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """How `unlearn()` trains where `own_training` is set; may keep copies of the model."""
@@ -119,12 +105,13 @@ class Method(ABC):
             )
 
     def settings(self) -> dict[str, Any]:
-        """The hyper-parameters by name, for the report; callables appear by their name."""
+        """The hyper-parameters by name, for the report; callables appear by their name, and data
+        (a field with compare=False) not at all."""
         fields: tuple[dataclasses.Field[Any], ...] = ()
         if dataclasses.is_dataclass(self):
             fields = dataclasses.fields(self)
-        values = {field.name: getattr(self, field.name) for field in fields}
+        values = {f.name: getattr(self, f.name) for f in fields if f.init and f.compare}
         return {
-            k: repr(v) if isinstance(v, Estimator) else getattr(v, "__qualname__", v)
+            k: repr(v) if isinstance(v, Estimator | Method) else getattr(v, "__qualname__", v)
             for k, v in values.items()
         }

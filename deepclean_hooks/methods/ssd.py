@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.deepclean import above_noise
-from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Mask, Selection, above_noise, ratio
+from deepclean_hooks.methods.settings import require_positive
 from deepclean_hooks.ranks import shards
 
 
@@ -72,10 +72,6 @@ class SSD(Method):
     def joint(self) -> bool:
         """The published code walks D in batches of its own, which is no sum of two walks."""
         return isinstance(self.estimator, BatchMean)
-
-    def may_select(self, name: str, parameter: nn.Parameter) -> bool:
-        """All of them."""
-        return True
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The entries with I_Df > alpha * I_D.
@@ -170,10 +166,6 @@ class ASSD(SSD):
         """Raises ValueError for a hyper-parameter that is no positive number."""
         require_positive(dampening=self.dampening, exponent=self.exponent)
 
-    def settings(self) -> dict[str, Any]:
-        """The hyper-parameters by name, without alpha, which is not one."""
-        return {name: value for name, value in super().settings().items() if name != "alpha"}
-
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The top entries by I_Df / I_D, ties at the threshold left out."""
         own, whole = forget.mean(), self._whole(forget, retain).mean()
@@ -190,16 +182,3 @@ class ASSD(SSD):
         return self._selection(
             forget, retain, alpha, f"I_Df > {alpha:.4g} * I_D, the top {per_cent:.3g} %"
         )
-
-
-def ratio(own: Tensor, whole: Tensor) -> Tensor:
-    """own / whole, 0 where both are 0."""
-    return torch.where(own == 0, torch.zeros_like(own), own / whole)
-
-
-def require_positive(**numbers: float) -> None:
-    """Raises ValueError, naming it, for one that is no positive finite number."""
-    for name, value in numbers.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
-            raise ValueError(f"{name} must be a positive number, got {value!r}")

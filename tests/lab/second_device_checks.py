@@ -14,7 +14,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks import testing
-from deepclean_hooks.methods.baselines import retrain
+from deepclean_hooks.methods import teachers
 from deepclean_hooks.metrics import pools, relearn
 from lab import second_device
 from lab.cases import CASES
@@ -216,7 +216,7 @@ def test_evaluation() -> None:
 def test_built_network_comes_to_the_device() -> None:
     """Fails if `Retrain(build=...)` leaves what a user's function builds on the CPU."""
     model = network()
-    anew = retrain.fresh(model, seed=0, build=testing._Net)
+    anew = teachers.fresh(model, seed=0, build=testing._Net)
     assert {p.device.type for p in anew.parameters()} == {second_device.NAME}
     method = deepclean.Retrain(build=testing._Net)
     deepclean.unlearn(model, FORGET, RETAIN, method=method, epochs=1, scores=False, **OPTIONS)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deepclean_hooks import DeepClean, FisherDiagonal, fisher_diagonal
-from deepclean_hooks.methods.deepclean import NOISE_IN_EPS, rounding_noise
+from deepclean_hooks.methods.selecting import NOISE_IN_EPS, rounding_noise
 from deepclean_hooks.stored.bits import differing
 from lab.cases import CASES
 
@@ -61,7 +61,7 @@ def test_gamma_must_be_positive(gamma: object) -> None:
 @pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
 def test_max_selected_must_be_a_share(share: float) -> None:
     """Fails if a meaningless cap is taken, or the value is not named."""
-    with pytest.raises(ValueError, match="max_selected must be a share above 0 and at most 1, got"):
+    with pytest.raises(ValueError, match="max_selected must be above 0 and at most 1, got"):
         DeepClean(max_selected=share)
 
 

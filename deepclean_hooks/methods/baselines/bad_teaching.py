@@ -8,21 +8,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.baselines.retrain import fresh
-from deepclean_hooks.methods.method import Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.measure.estimator import SamplesOnly
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection
+from deepclean_hooks.methods.settings import require_positive, require_shares
+from deepclean_hooks.methods.teachers import divergence, fresh, frozen
 from deepclean_hooks.methods.training import Loader, Step, Training
 
 
 @dataclass(frozen=True)
-class BadTeaching(FineTune):
+class BadTeaching(Method):
     """Minimises KL(teacher || model) at a temperature: the teacher is an untrained network on D_f,
     the original on `share` of the retain batches, drawn anew in each epoch.
 
@@ -38,13 +37,13 @@ class BadTeaching(FineTune):
     build: Callable[[], nn.Module] | None = None
     seed: int = 0
     name = "bad teaching"
+    measured_by = SamplesOnly()
     own_training = True
 
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1, and temperature is positive."""
         require_positive(temperature=self.temperature)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
+        require_shares(share=self.share)
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """With copies of the model as teachers."""
@@ -82,22 +81,3 @@ class _Taught(Training):
             (step.retain, self.good) if step.forget is None else (step.forget, self.bad)
         )
         return divergence(model, teacher, batch, self.method.temperature)
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """The model in eval mode, its parameters without gradients."""
-    return model.eval().requires_grad_(False)
-
-
-def divergence(model: nn.Module, teacher: nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """KL(teacher || model) of the softened outputs, the mean over the samples of a batch."""
-    with torch.no_grad():
-        target, _ = losses.logits_and_labels(teacher, batch)  # (N, C)
-    logits, _ = losses.logits_and_labels(model, batch)  # (N, C)
-    total = F.kl_div(
-        F.log_softmax(logits / temperature, 1),
-        F.log_softmax(target / temperature, 1),
-        reduction="sum",
-        log_target=True,
-    )
-    return total / batches.size(batch)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepclean_hooks.measure.estimator import Estimator, SamplesOnly
 from deepclean_hooks.measure.expected_fisher import ExpectedFisher
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.baselines.fine_tune import everything
-from deepclean_hooks.methods.method import Mask, Method, Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Mask, Selection, everything
+from deepclean_hooks.methods.settings import require_positive
 
 LARGEST, LARGEST_IN_HEAD = 1e3, 1e2  # of 1 / F, as in the published code
 MORE = 10.0  # for the last layer and one-dimensional tensors
@@ -39,6 +39,7 @@ class FisherForgetting(Method):
     seed: int = 0
     name = "fisher forgetting"
     effect = "given noise"
+    measured_by = SamplesOnly()
 
     def __post_init__(self) -> None:
         """Raises ValueError for a bad alpha, number of classes or class."""
@@ -49,18 +50,9 @@ class FisherForgetting(Method):
             )
 
     @property
-    def measured_by(self) -> Estimator:
-        """The forget set is not measured."""
-        return SamplesOnly()
-
-    @property
     def retain_measured_by(self) -> Estimator:
         """The Fisher diagonal with labels as the model expects them."""
         return ExpectedFisher(self.classes)
-
-    def may_select(self, name: str, parameter: nn.Parameter) -> bool:
-        """All of them."""
-        return True
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """Every entry."""
@@ -88,11 +80,11 @@ class FisherForgetting(Method):
     def variance(self, fisher: Tensor) -> Tensor:
         """alpha / F with the published bounds, averages and factors."""
         head = self._is_head(fisher)
-        found = (1 / (fisher + EPSILON)).clamp_max(LARGEST_IN_HEAD if head else LARGEST)
-        found = found * self.alpha
-        if found.dim() > 1:
-            found = found.mean(1, keepdim=True).expand_as(found).clone()
-        return found * MORE if head or fisher.dim() == 1 else found
+        variance = (1 / (fisher + EPSILON)).clamp_max(LARGEST_IN_HEAD if head else LARGEST)
+        variance = variance * self.alpha
+        if variance.dim() > 1:
+            variance = variance.mean(1, keepdim=True).expand_as(variance).clone()
+        return variance * MORE if head or fisher.dim() == 1 else variance
 
     def _is_head(self, fisher: Tensor) -> bool:
         return fisher.dim() > 0 and fisher.shape[0] == self.classes

@@ -11,14 +11,13 @@ from torch import Tensor
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.expected_fisher import ExpectedFisher
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.baselines.salun import largest
-from deepclean_hooks.methods.method import Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection, largest
+from deepclean_hooks.methods.settings import require_positive, require_shares
 
 
 @dataclass(frozen=True)
-class FisherMask(FineTune):
+class FisherMask(Method):
     """The `share` of weights with the largest F_f - F_r becomes 0, then everything is trained.
 
     Liu, Sun, Wu, Zhou: "Unlearning with Fisher Masking", 2023. The difference, not the ratio, of
@@ -36,8 +35,7 @@ class FisherMask(FineTune):
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1."""
         require_positive(classes=self.classes)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
+        require_shares(share=self.share)
 
     @property
     def measured_by(self) -> Estimator:

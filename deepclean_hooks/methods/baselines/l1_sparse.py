@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.method import Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.measure.estimator import SamplesOnly
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection
+from deepclean_hooks.methods.settings import require_positive
 from deepclean_hooks.methods.training import RetainOnly, Step, Training
 
 
 @dataclass(frozen=True)
-class L1Sparse(FineTune):
+class L1Sparse(Method):
     """Minimises loss(D_r) + a_e ||theta||_1 over all parameters, a_e = a (1 - e / (E - E_0)).
 
     e = 0 ... E - 1 are the epochs, the last E_0 (`epochs_without`) have no penalty. Jia, Liu, Ram,
@@ -28,6 +29,7 @@ class L1Sparse(FineTune):
     weight: float = 5e-5
     epochs_without: int = 0
     name = "l1-sparse"
+    measured_by = SamplesOnly()
     own_training = True
 
     def __post_init__(self) -> None:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.method import Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.measure.estimator import SamplesOnly
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection
+from deepclean_hooks.methods.settings import require_positive, require_shares
 from deepclean_hooks.methods.training import Step, Training
 
 
 @dataclass(frozen=True)
-class NegGradPlus(FineTune):
+class NegGradPlus(Method):
     """Minimises b loss(D_r batch) - (1 - b) loss(D_f batch), gradients clipped to a norm.
 
     Kurmanji, Triantafillou, Hayes, Triantafillou: "Towards Unbounded Machine Unlearning", NeurIPS
@@ -27,13 +28,13 @@ class NegGradPlus(FineTune):
     retain_weight: float = 0.95
     clip: float = 1.0
     name = "neggrad+"
+    measured_by = SamplesOnly()
     own_training = True
 
     def __post_init__(self) -> None:
         """Raises ValueError unless 0 < retain_weight <= 1 and clip is positive."""
-        require_positive(retain_weight=self.retain_weight, clip=self.clip)
-        if self.retain_weight > 1:
-            raise ValueError(f"retain_weight must be at most 1, got {self.retain_weight!r}")
+        require_positive(clip=self.clip)
+        require_shares(retain_weight=self.retain_weight)
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """Pairs of a retain and a forget batch."""

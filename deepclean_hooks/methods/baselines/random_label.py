@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.method import Selection
+from deepclean_hooks.measure.estimator import SamplesOnly
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection
 from deepclean_hooks.methods.training import Loader, Step, Training
 
 
 @dataclass(frozen=True)
-class RandomLabel(FineTune):
+class RandomLabel(Method):
     """An epoch is all forget batches with labels drawn anew, the true one included, then D_r.
 
     As in the code of Fan et al., "SalUn", for CIFAR-10; SGD 0.013, momentum 0.9, weight decay 5e-4,
@@ -27,15 +28,16 @@ class RandomLabel(FineTune):
 
     seed: int = 0
     name = "random label"
+    measured_by = SamplesOnly()
     own_training = True
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """Forget batches, then retain batches."""
-        return _Drawn(loss_fn, self.seed)
+        return Drawn(loss_fn, self.seed)
 
 
 @dataclass(frozen=True)
-class Amnesiac(FineTune):
+class Amnesiac(Method):
     """D_f, each sample with one wrong label for good, and D_r, in mixed order.
 
     The relabelling of Graves, Nagisetty, Ganesh: "Amnesiac Machine Learning", AAAI 2021 (their
@@ -46,6 +48,7 @@ class Amnesiac(FineTune):
 
     seed: int = 0
     name = "amnesiac"
+    measured_by = SamplesOnly()
     own_training = True
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
@@ -77,7 +80,9 @@ class _Relabelled(Training):
         raise NotImplementedError
 
 
-class _Drawn(_Relabelled):
+class Drawn(_Relabelled):
+    """Forget batches with labels drawn anew, then retain batches."""
+
     def pairs(
         self, forget: Loader, retain: Loader, epoch: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:

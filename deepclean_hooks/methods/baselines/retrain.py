@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from deepclean_hooks.measure.estimator import Estimator, SamplesOnly
+from deepclean_hooks.measure.estimator import SamplesOnly
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.baselines.fine_tune import everything
-from deepclean_hooks.methods.method import Mask, Method, Selection
-from deepclean_hooks.model import no_trace
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection, everything
+from deepclean_hooks.methods.teachers import fresh
 
 
 @dataclass(frozen=True)
@@ -32,32 +30,14 @@ class Retrain(Method):
     seed: int = 0
     name = "retrain"
     effect = "drawn anew"
+    measured_by = SamplesOnly()
     resets_buffers = True
-
-    @property
-    def measured_by(self) -> Estimator:
-        """Nothing is measured."""
-        return SamplesOnly()
-
-    def may_select(self, name: str, parameter: nn.Parameter) -> bool:
-        """All of them."""
-        return True
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """Every entry."""
         masks = everything(forget.sums)
         total = sum(mask.numel() for mask in masks.values())
         return Selection(masks, total, "every trainable entry is")
-
-    def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
-    ) -> dict[str, Tensor]:
-        """Not used: initial values are the modules' to give, see `values`."""
-        raise NotImplementedError("Retrain needs the model: call values()")
 
     def values(
         self, model: nn.Module, selection: Selection, forget: Measurement, retain: Measurement
@@ -66,60 +46,3 @@ class Retrain(Method):
         anew = fresh(model, seed=self.seed, build=self.build)
         tensors = {**dict(anew.named_parameters()), **dict(anew.named_buffers())}
         return {name: tensor.detach() for name, tensor in tensors.items()}
-
-    def free(self, selection: Selection) -> Mask:
-        """Everything trainable."""
-        return selection.masks
-
-
-def fresh(
-    model: nn.Module, *, seed: int, build: Callable[[], nn.Module] | None = None
-) -> nn.Module:
-    """An untrained network of the same architecture on the same device; the model and the random
-    state stay as they are.
-
-    Raises ValueError, naming all of them, for parameters that no `reset_parameters` resets, and for
-    a built network with other parameters.
-    """
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(seed)
-        if build is not None:
-            anew = build()
-        else:
-            anew = copy.deepcopy(model)
-            _require_all_reset(anew)
-            for module in anew.modules():
-                reset = _own_reset(module)
-                if reset is not None:
-                    reset()
-    found = {name: p.shape for name, p in anew.named_parameters()}
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    differ = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
-    if differ:
-        raise ValueError(
-            f"build makes a network with other parameters, for instance {differ[:3]}; it must make "
-            "the model's own architecture"
-        )
-    return anew.to(no_trace.device_of(model))
-
-
-def _own_reset(module: nn.Module) -> Callable[[], None] | None:
-    for name in ("reset_parameters", "_reset_parameters"):  # nn.MultiheadAttention has the second
-        reset = getattr(module, name, None)
-        if callable(reset):
-            return reset  # type: ignore[no-any-return]  # by convention without arguments
-    return None
-
-
-def _require_all_reset(model: nn.Module) -> None:
-    left = []
-    for prefix, module in model.named_modules():
-        if _own_reset(module) is None:
-            own = module.named_parameters(prefix, recurse=False)
-            left += [name for name, _ in own]
-    if left:
-        raise ValueError(
-            f"no reset_parameters() resets {', '.join(left)}; pass Retrain(build=...), a function "
-            "that makes an untrained network"
-        )

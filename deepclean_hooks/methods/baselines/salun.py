@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.measure.batch_mean import MeanGradient
-from deepclean_hooks.measure.estimator import Estimator, SamplesOnly
+from deepclean_hooks.measure.estimator import SamplesOnly
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.baselines.random_label import RandomLabel, _Drawn
-from deepclean_hooks.methods.method import Mask, Selection
+from deepclean_hooks.methods.baselines.random_label import Drawn
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Mask, Selection, largest
+from deepclean_hooks.methods.settings import require_shares
 from deepclean_hooks.methods.training import Training
 
 
 @dataclass(frozen=True)
-class SalUn(RandomLabel):
+class SalUn(Method):
     """Random labels on the `share` of entries with the largest |d loss(D_f) / d theta|, over all.
 
     Fan, Liu, Zhang, Wong, Wei, Liu: "SalUn: Empowering Machine Unlearning via Gradient-based Weight
@@ -27,23 +28,16 @@ class SalUn(RandomLabel):
     """
 
     share: float = 0.5
+    seed: int = 0
     name = "salun"
     effect = "left as they were, to be trained"
+    measured_by = MeanGradient()
+    retain_measured_by = SamplesOnly()
+    own_training = True
 
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
-
-    @property
-    def measured_by(self) -> Estimator:
-        """The gradient of the forget set's loss."""
-        return MeanGradient()
-
-    @property
-    def retain_measured_by(self) -> Estimator:
-        """The retain set is not measured."""
-        return SamplesOnly()
+        require_shares(share=self.share)
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The most salient entries; their values stay."""
@@ -58,12 +52,4 @@ class SalUn(RandomLabel):
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """As RandomLabel."""
-        return _Drawn(loss_fn, self.seed)
-
-
-def largest(scores: Mask, share: float) -> Mask:
-    """True for the largest `share` of all entries together, ties at the threshold in."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    count = max(1, round(share * flat.numel()))
-    threshold = flat.kthvalue(flat.numel() - count + 1).values
-    return {name: score >= threshold for name, score in scores.items()}
+        return Drawn(loss_fn, self.seed)

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.methods.baselines.bad_teaching import divergence, frozen
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.method import Selection
-from deepclean_hooks.methods.ssd import require_positive
+from deepclean_hooks.measure.estimator import SamplesOnly
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection
+from deepclean_hooks.methods.settings import require_positive
+from deepclean_hooks.methods.teachers import divergence, frozen
 from deepclean_hooks.methods.training import Loader, Step, Training
 
 
 @dataclass(frozen=True)
-class SCRUB(FineTune):
+class SCRUB(Method):
     """Each of the first `forget_epochs` epochs first maximises KL(original || model) on D_f; every
     epoch minimises gamma loss + alpha KL(original || model) on D_r.
 
@@ -34,6 +35,7 @@ class SCRUB(FineTune):
     temperature: float = 4.0
     forget_epochs: int = 2
     name = "scrub"
+    measured_by = SamplesOnly()
     own_training = True
 
     def __post_init__(self) -> None:

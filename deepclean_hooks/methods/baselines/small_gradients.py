@@ -10,16 +10,15 @@ from torch import Tensor, nn
 
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.measure.batch_mean import MeanGradient
-from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.baselines.fine_tune import FineTune
-from deepclean_hooks.methods.baselines.salun import largest
-from deepclean_hooks.methods.method import Mask, Selection
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Mask, Selection, largest
+from deepclean_hooks.methods.settings import require_shares
 from deepclean_hooks.methods.training import RetainOnly, Training
 
 
 @dataclass(frozen=True)
-class MSG(FineTune):
+class MSG(Method):
     """In each convolution the `share` of weights with the smallest |g|, g = d loss(D_r) - d
     loss(D_f), gets Kaiming-normal values (fan out); the other convolution weights then learn at
     `slow` of their gradient, everything else as usual.
@@ -36,19 +35,14 @@ class MSG(FineTune):
     seed: int = 0
     name = "msg"
     effect = "drawn anew"
+    measured_by = MeanGradient()
     own_training = True
 
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1, and slow is 0 to 1."""
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share!r}")
+        require_shares(share=self.share)
         if not 0 <= self.slow <= 1:
             raise ValueError(f"slow must be 0 to 1, got {self.slow!r}")
-
-    @property
-    def measured_by(self) -> Estimator:
-        """The gradients of both sets' losses."""
-        return MeanGradient()
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The convolution weights (4-D) with the smallest gradients, layer by layer."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from deepclean_hooks.measure.estimator import SamplesOnly
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.baselines.fine_tune import FineTune, everything, nothing
-from deepclean_hooks.methods.method import Mask, Selection
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.selecting import Selection, everything, nothing
 
 
 @dataclass(frozen=True)
-class CT(FineTune):
+class CT(Method):
     """The two spatial axes of every square kernel (4-D weights) change places; then D_r is trained.
 
     "Convolution transpose", an entry of the NeurIPS 2023 unlearning challenge, in Cadet et al.,
@@ -23,10 +24,7 @@ class CT(FineTune):
 
     name = "ct"
     effect = "transposed"
-
-    def may_select(self, name: str, parameter: nn.Parameter) -> bool:
-        """All of them may train."""
-        return True
+    measured_by = SamplesOnly()
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """All kernels; raises ValueError if there are none."""
@@ -48,8 +46,8 @@ class CT(FineTune):
         retain: Measurement,
     ) -> dict[str, Tensor]:
         """The kernels, transposed."""
-        own: Mask = {name: weights[name] for name in selection.masks}
-        return {name: w.transpose(2, 3) if _square(w) else w for name, w in own.items()}
+        kept = super().new_values(weights, selection, forget, retain)
+        return {name: w.transpose(2, 3) if _square(w) else w for name, w in kept.items()}
 
 
 def _square(weight: Tensor) -> bool:

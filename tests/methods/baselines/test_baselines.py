@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import deepclean_hooks as deepclean
 from deepclean_hooks.data.losses import cross_entropy
 from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
-from deepclean_hooks.methods.baselines.retrain import fresh
 from deepclean_hooks.methods.class_projection import ClassProjection
+from deepclean_hooks.methods.teachers import fresh
 from deepclean_hooks.methods.training import Step
 from deepclean_hooks.stored.bits import differing
 from deepclean_hooks.testing import CHECKS, network, sets
