@@ -34,7 +34,7 @@ from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.metrics.evaluate import Gold, evaluate
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.options import Options, require_known
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.report import forgotten as identifiers
@@ -106,8 +106,8 @@ class Session:
         self._require_shardable()
         method = f"{self.method.name} {self.method.settings()}"
         ranks.require_agreement("the method", method)
-        self._facts["model_before"] = bits.digest(state_tensors(unwrap(self.model)))
-        self._facts["checkpoint_before"] = checkpoint.digests(unwrap(self.model).state_dict())
+        before = checkpoint.digests_of(self.model)
+        self._facts.update(model_before=bits.combined(before), checkpoint_before=before)
         if isinstance(retain, Measurement):
             self._require_of_use(retain)
             retain = retain.placed_like(self._parameters())
@@ -259,8 +259,8 @@ class Session:
                 guard.check()
         finally:
             self.close()
-        self._facts["model_after"] = bits.digest(state_tensors(unwrap(self.model)))
-        self._facts["checkpoint_after"] = checkpoint.digests(unwrap(self.model).state_dict())
+        after = checkpoint.digests_of(self.model)
+        self._facts.update(model_after=bits.combined(after), checkpoint_after=after)
         self._phase = "finished"
         if self.scores and self._sets:
             self._evaluate("after", self.gold)

@@ -21,7 +21,7 @@ from deepclean_hooks.metrics.evaluate import Evaluation
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.session import Session
-from deepclean_hooks.stored import sealed
+from deepclean_hooks.stored import checkpoint, sealed
 from deepclean_hooks.stored.sealed import BrokenRun
 
 
@@ -148,7 +148,7 @@ class DeepCleanHook:
         run = self._session()
         with ranks.fail_together():
             stored = sealed.opened(state, "the checkpoint")
-        found = sealed.weights_digest(self._model)
+        found = checkpoint.model_digest(self._model)
         with ranks.fail_together():
             if found != state["model"]:
                 raise BrokenRun(

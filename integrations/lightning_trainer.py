@@ -27,7 +27,7 @@ from deepclean_hooks.methods.method import Method
 from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
-from deepclean_hooks.stored import sealed
+from deepclean_hooks.stored import checkpoint, sealed
 from deepclean_hooks.stored.sealed import BrokenRun
 
 KEY = "deepclean_hooks"  # in every checkpoint, beside the weights
@@ -239,7 +239,7 @@ def _verified(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
     """The run of a checkpoint, once the model has the checkpoint's weights, every bit."""
     try:
         run = sealed.opened(stored, "the checkpoint")
-        if sealed.weights_digest(model) != stored["model"]:
+        if checkpoint.model_digest(model) != stored["model"]:
             raise BrokenRun("the weights that were loaded are not those that were saved")
     except BrokenRun as reason:
         raise BrokenRun(

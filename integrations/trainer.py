@@ -40,7 +40,7 @@ from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
-from deepclean_hooks.stored import sealed
+from deepclean_hooks.stored import checkpoint, sealed
 from deepclean_hooks.stored.sealed import BrokenRun
 
 FILE = "deepclean.pt"  # in every checkpoint folder, beside the weights
@@ -339,9 +339,9 @@ def _verified(model: nn.Module, folder: Path) -> dict[str, Any]:
     try:
         stored = sealed.read(folder / FILE)
         run = sealed.opened(stored, str(folder / FILE))
-        if sealed.weights_digest(model) != stored["model"]:
+        if checkpoint.model_digest(model) != stored["model"]:
             _load_every_weight(model, folder)
-        if sealed.weights_digest(model) != stored["model"]:
+        if checkpoint.model_digest(model) != stored["model"]:
             raise BrokenRun(
                 f"the weights that were loaded from {folder} are not those that were saved there"
             )

@@ -2,6 +2,7 @@
 bits; resume."""
 
 import copy
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.guard.guard import GuardError
-from deepclean_hooks.stored.bits import differing
+from deepclean_hooks.stored.bits import differing, digest
+from deepclean_hooks.stored.checkpoint import model_digest
 
 GAMMA = 1.1
 
@@ -104,6 +106,27 @@ def test_the_whole_way() -> None:
         assert not differing(p, original[name])[frozen].any()
         moved += int((p[~frozen] != 0).sum())
     assert moved > 0.9 * report.selected_entries
+
+
+def test_the_digest_of_the_model_follows_from_those_of_its_tensors() -> None:
+    """Fails if a figure of the report cannot be recomputed from its checkpoint: a digest over other
+    tensors than a state_dict has, or one that does not see a bit, a name or a shape."""
+    model = network()
+    report = session(model).measure(FORGET, RETAIN).report
+    lines = (f"{name}={value};" for name, value in sorted(report.checkpoint_before.items()))
+    assert report.model_before == hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert set(report.checkpoint_before) == set(model.state_dict())
+    assert report.model_before == model_digest(network())
+    model[1].running_mean[0] = 1e-42
+    assert report.model_before != model_digest(model)
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+    others = [
+        {"a": torch.zeros(3, 2), "b": torch.zeros(4)},
+        {"a": torch.zeros(2, 3), "c": torch.zeros(4)},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(4, dtype=torch.int32)},
+        {"a": torch.zeros(2, 3), "b": -torch.zeros(4)},
+    ]
+    assert digest(tensors) not in map(digest, others)
 
 
 def test_without_the_guard_frozen_weights_move() -> None:

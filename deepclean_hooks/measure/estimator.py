@@ -18,9 +18,9 @@ from deepclean_hooks.data import batches
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.ranks import fsdp
-from deepclean_hooks.stored import bits
+from deepclean_hooks.stored.checkpoint import model_digest
 
 Predicate = Callable[[str, nn.Parameter], bool]
 
@@ -53,7 +53,7 @@ class Estimator(ABC):
         model, which only the exact Fisher diagonal serves."""
         fsdp.refuse_sharded(unwrap(model), repr(self))
         return {
-            "model": bits.digest(state_tensors(unwrap(model))),
+            "model": model_digest(model),
             "loss": f"{loss_fn.__module__}.{getattr(loss_fn, '__qualname__', '?')}",
             "estimator": repr(self),
             "torch": str(torch.__version__),

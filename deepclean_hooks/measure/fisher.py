@@ -30,7 +30,7 @@ from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.measure.estimator import Estimator, Predicate
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.model.wrappers import require_trainable, state_tensors, unwrap
+from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.persample.engine import (
     DEFAULT_MEMORY_BUDGET,
     NonFiniteGradient,
@@ -41,6 +41,7 @@ from deepclean_hooks.persample.remembered import plans_of
 from deepclean_hooks.persample.sharded import ShardedSquaredGradients
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.stored import bits
+from deepclean_hooks.stored.checkpoint import model_digest
 
 
 class FisherDiagonal(Measurement):
@@ -102,7 +103,7 @@ def fisher_diagonal(
     require_same_on_ranks(source, name, changing)
     if ranks.world()[1] > 1:
         ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
-    fingerprint = ranks.gather(bits.digest(state_tensors(inner)))[0]  # rank 0's buffers serve all
+    fingerprint = ranks.gather(model_digest(inner))[0]  # rank 0's buffers serve all
     with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
         kept = {id(p) for p in wanted.values()}
         for p in inner.parameters():

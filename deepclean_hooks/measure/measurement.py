@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deepclean_hooks.model.wrappers import state_tensors, unwrap
+from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp, shards
-from deepclean_hooks.stored import bits, tensor_file
+from deepclean_hooks.stored import tensor_file
+from deepclean_hooks.stored.checkpoint import model_digest
 from deepclean_hooks.stored.files import written_whole
 
 M = TypeVar("M", bound="Measurement")
@@ -174,7 +175,7 @@ class Measurement:
 
     def require_model(self, model: nn.Module) -> None:
         """Raises ValueError if this was measured on other weights than the model now has."""
-        found = bits.digest(state_tensors(unwrap(model)))
+        found = model_digest(model)
         if self.settings.get("model") != found and not self.earlier_weights:
             raise ValueError(
                 f"the stored {self.noun} belongs to the model "

@@ -3,7 +3,7 @@ off."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 # By name: neither is imported for this.
 _REFUSED = {
@@ -37,11 +37,6 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by name; a tied parameter appears once, under its
     first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name: what a digest of the model covers."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def require_trainable(model: nn.Module) -> dict[str, nn.Parameter]:

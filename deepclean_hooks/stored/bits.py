@@ -32,12 +32,23 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)  # type: ignore[arg-type]  # arrays are buffers
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bits, in the order of the names: 64 hex digits."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        if tensor.numel():
-            sha.update(as_bytes(tensor))
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over dtype, shape and bits of a tensor: 64 hex digits.
+
+    The name is no part of it: a tied tensor may be stored under another of its names.
+    """
+    sha = hashlib.sha256(f":{tensor.dtype}:{tuple(tensor.shape)};".encode())
+    if tensor.numel():
+        sha.update(as_bytes(tensor))
     return sha.hexdigest()
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """SHA-256 over names and the digests of their tensors, in the order of the names."""
+    lines = "".join(f"{name}={digests[name]};" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bits of tensors: `combined` of their digests."""
+    return combined({name: tensor_digest(tensors[name]) for name in sorted(tensors)})

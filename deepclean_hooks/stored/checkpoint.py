@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.stored import bits
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
@@ -19,12 +20,20 @@ _INSIDE = ("model", "state_dict", "model_state_dict")
 
 def digests(state: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of each tensor of a state_dict, over dtype, shape and bits, by name."""
-    return {name: _digest(value) for name, value in sorted(tensors(state).items())}
+    return {name: bits.tensor_digest(value) for name, value in sorted(tensors(state).items())}
 
 
-def _digest(tensor: Tensor) -> str:
-    # The name is no part of it: a tied tensor may be stored under another of its names.
-    return bits.digest({"": tensor})
+def digests_of(model: nn.Module) -> dict[str, str]:
+    """The digests of what a checkpoint stores of a model; `bits.combined` of them is the model's.
+
+    Of a sharded model the tensors are gathered one after the other; all ranks call this.
+    """
+    return digests(unwrap(model).state_dict())
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 of what a checkpoint stores of a model, every bit, wrappers taken off."""
+    return bits.combined(digests_of(model))
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

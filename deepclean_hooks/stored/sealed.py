@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.stored import bits
+from deepclean_hooks.stored.checkpoint import model_digest
 from deepclean_hooks.stored.files import written_whole
 
-_FORMAT = "deepclean-hooks run 1"
+_FORMAT = "deepclean-hooks run 2"
+_EARLIER = "deepclean-hooks run 1"
 
 
 class BrokenRun(ValueError):
@@ -31,24 +32,23 @@ def seal(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         "format": _FORMAT,
         "run": dict(state),
         "digest": _digest(state),
-        "model": weights_digest(model),
+        "model": model_digest(model),
     }
 
 
 def opened(sealed: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The session's state again; raises BrokenRun if it was altered. `where` is for the error."""
+    if sealed.get("format") == _EARLIER:
+        raise BrokenRun(
+            f"the run in {where} was stored by an earlier version, which made other digests of the "
+            "weights; finish it with that version"
+        )
     if sealed.get("format") != _FORMAT or not isinstance(sealed.get("run"), Mapping):
         raise BrokenRun(f"{where} holds no unlearning run (format {sealed.get('format')!r})")
     run: dict[str, Any] = dict(sealed["run"])
     if _digest(run) != sealed.get("digest"):
         raise BrokenRun(f"the unlearning run in {where} was altered: its digest does not fit")
     return run
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of what a checkpoint stores of a model: its `state_dict()`, every bit."""
-    state = unwrap(model).state_dict()
-    return bits.digest({name: value for name, value in state.items() if isinstance(value, Tensor)})
 
 
 def write(sealed: Mapping[str, Any], path: Path) -> None:
