@@ -16,8 +16,8 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.persample.engine import DEFAULT_MEMORY_BUDGET
 from deepclean_hooks.persample.plan import leaves
+from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET
 from deepclean_hooks.persample.probe import groups
 from deepclean_hooks.ranks import fsdp, shards
 

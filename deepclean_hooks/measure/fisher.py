@@ -31,13 +31,8 @@ from deepclean_hooks.measure.estimator import Estimator, Predicate
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
-from deepclean_hooks.persample.engine import (
-    DEFAULT_MEMORY_BUDGET,
-    NonFiniteGradient,
-    Plans,
-    SquaredGradients,
-)
-from deepclean_hooks.persample.remembered import plans_of
+from deepclean_hooks.persample.engine import NonFiniteGradient, SquaredGradients
+from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Plans, plans_of
 from deepclean_hooks.persample.sharded import ShardedSquaredGradients
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.stored import bits

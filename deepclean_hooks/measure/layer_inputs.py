@@ -26,6 +26,7 @@ from deepclean_hooks.measure.estimator import Estimator, Predicate
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
+from deepclean_hooks.persample import windows
 
 # The body of a composite function, whose inner calls are seen: attention's projections are inside.
 from deepclean_hooks.persample.intercept import COMPOSITES
@@ -212,11 +213,12 @@ class Grams(TorchFunctionMode):
             return
         x = input if input.dim() == spatial + 2 else input[None]  # (N, C, *S)
         kernel = weight.shape[2:]
-        steps, spread = _each(stride, spatial), _each(dilation, spatial)
+        steps, gaps = windows.each(stride, spatial), windows.each(dilation, spatial)
         if self._how.patches is not None:
             x = self._cropped(x, 3 * max(kernel))
-        rows = patches(_padded(x, kernel, padding, spread), kernel, steps, spread)  # (L, C, K)
-        rows = self._some(rows)
+        x = windows.padded(x, windows.sides(padding, kernel, gaps))
+        seen = windows.windows(x, kernel, steps, gaps)  # (N, *places, C, *kernel)
+        rows = self._some(seen.flatten(0, spatial).flatten(2))  # (L, C, K)
         grouped = rows.reshape(len(rows), groups, -1)  # (L, G, D)
         self._add(name, grouped.transpose(0, 1))
 
@@ -258,39 +260,3 @@ class Grams(TorchFunctionMode):
             return rows
         chosen = torch.randperm(len(rows), generator=self._random)[: self._how.patches.most]
         return rows[chosen.to(rows.device)]
-
-
-def _each(value: int | tuple[int, ...], spatial: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * spatial if len(values) == 1 else values
-
-
-def _padded(
-    x: Tensor, kernel: torch.Size, padding: str | int | tuple[int, ...], spread: tuple[int, ...]
-) -> Tensor:
-    """The input with the zeros that the convolution adds around it."""
-    if padding == "valid":
-        return x
-    sides: list[int] = []  # last dimension first, as F.pad has it
-    if padding == "same":
-        for size, step in zip(reversed(kernel), reversed(spread), strict=True):
-            total = step * (size - 1)
-            sides += [total // 2, total - total // 2]
-    else:
-        assert not isinstance(padding, str)
-        for one in reversed(_each(padding, len(kernel))):
-            sides += [one, one]
-    return F.pad(x, sides)
-
-
-def patches(
-    x: Tensor, kernel: torch.Size, steps: tuple[int, ...], spread: tuple[int, ...]
-) -> Tensor:
-    """What a kernel sees at each place of a padded input (N, C, *S): (N P, C, kernel entries)."""
-    spatial = len(kernel)
-    for dim, (size, step, gap) in enumerate(zip(kernel, steps, spread, strict=True), 2):
-        # (..., places, ..., size)
-        x = x.unfold(dim, (size - 1) * gap + 1, step)[..., ::gap]
-    places = range(2, 2 + spatial)
-    x = x.permute(0, *places, 1, *range(2 + spatial, 2 + 2 * spatial))
-    return x.flatten(0, spatial).flatten(2)

@@ -8,10 +8,7 @@ summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from types import MethodType
-from weakref import WeakMethod, ref
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +16,14 @@ from torch import Tensor, nn
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.persample import loop, probe
+from deepclean_hooks.persample import probe
 from deepclean_hooks.persample.accumulate import Sums
-from deepclean_hooks.persample.forwards import Meetings, ModelChanged, ServedPass, Use
+from deepclean_hooks.persample.forwards import ModelChanged, ServedPass, Use
 from deepclean_hooks.persample.intercept import Interception
-from deepclean_hooks.persample.plan import Plan, classify
+from deepclean_hooks.persample.plan import Plan
+from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Planner, Plans
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
-
-Plans = dict[object, Plan]
-"""(Form of a batch, names of the parameters, weak reference to the loss) -> plan; all of one
-model."""
-
-DEFAULT_MEMORY_BUDGET = 2**28  # bytes of per-sample gradients held at once
 
 
 class NonFiniteGradient(ValueError):
@@ -42,7 +34,7 @@ class NonFiniteGradient(ValueError):
         self.parameter = parameter
 
 
-class SquaredGradients:
+class SquaredGradients(Planner):
     """Adds up the squared per-sample gradients of `parameters` of a model in eval mode, batch by
     batch.
 
@@ -62,13 +54,10 @@ class SquaredGradients:
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         plans: Plans | None = None,
     ) -> None:
-        self.model, self.parameters, self.loss_fn = model, dict(parameters), loss_fn
-        self.memory_budget = memory_budget
+        super().__init__(model, parameters, loss_fn, memory_budget, plans)
         self.count = 0
-        self.notes: dict[str, str] = {}  # parameter -> why it needs the one-sample loop
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._sums = self._new_sums(dtype)
-        self._plans: Plans = {} if plans is None else plans
         self.computed = str(self._first().dtype).removeprefix("torch.")
         self._anchor = torch.zeros((), requires_grad=True, device=self._first().device)
 
@@ -110,71 +99,7 @@ class SquaredGradients:
             if not torch.isfinite(total.sum()):
                 raise NonFiniteGradient(name)
 
-    def plan_for(self, batch: Batch) -> Plan:
-        """The plan for batches of this form: made, and checked against the one-sample loop, at its
-        first sight."""
-        form = self._form(batch)
-        if form not in self._plans:
-            self._plans[form] = self._make_plan(batch)
-        self.notes.update(self._plans[form].loop)
-        return self._plans[form]
-
-    def _form(self, batch: Batch) -> object:
-        shapes = tuple((t.shape[1:], t.dtype) for t in batches.tensors(batch))
-        return shapes, frozenset(self.parameters), _reference(self.loss_fn)
-
-    def _require_loss(self, few: Batch) -> None:
-        losses.per_sample(self.loss_fn(self.model, few), probe.PROBE_SAMPLES)
-
-    def _make_plan(self, batch: Batch) -> Plan:
-        few = probe.samples(batch, probe.PROBE_SAMPLES)
-        # Without interception first: what is wrong with the user's data or model comes as it is.
-        self._require_loss(few)
-        try:
-            seen = probe.meetings(self.model, self.loss_fn, batch)
-            served, loss = self._forward(few, Plan(seen))
-            plan = classify(seen, served.uses, served.refused, loss, self.parameters, self._present)
-        except probe.SamplesMixed:
-            raise
-        except Exception as reason:  # whatever it is, the one-sample loop needs no interception
-            plan = Plan(Meetings())
-            why = f"it could not be probed: {type(reason).__name__}: {reason}"
-            plan.demote(dict.fromkeys(self.parameters, why))
-        self._self_check(few, plan)
-        return plan
-
-    def _self_check(self, few: Batch, plan: Plan) -> None:
-        """Compares with the one-sample loop on a few samples; what differs goes to the loop."""
-        checked = {n: p for n, p in self.parameters.items() if n not in plan.loop}
-        if not checked:
-            return
-        trial = self._new_sums(self._first().dtype)
-        try:
-            self._add(few, probe.PROBE_SAMPLES, plan, trial, loops=False)
-        except Exception as reason:
-            plan.demote(dict.fromkeys(checked, f"self-check: {reason}"))
-            return
-        truth = (
-            self._one_by_one(group, few) for group in probe.groups(checked, self._group_bytes())
-        )
-        plan.demote(self._disagreements(trial.take, truth))
-
-    def _group_bytes(self) -> int:
-        """Of parameters whose whole gradients are held at a time."""
-        return self.memory_budget
-
-    def _disagreements(
-        self, take: Callable[[str], Tensor], truth: Iterator[dict[str, Tensor]]
-    ) -> dict[str, str]:
-        return probe.disagreements(take, truth)
-
-    def _present(self, names: Collection[str]) -> AbstractContextManager[None]:
-        """Inside, the values of these parameters can be read; always, unless they are sharded."""
-        return nullcontext()
-
     def _forward(self, batch: Batch, plan: Plan) -> tuple[ServedPass, Tensor]:
-        """A served forward pass of the batch: the pass with its uses, and the loss of each
-        sample."""
         count = batches.size(batch)
         forward = ServedPass(count, plan.seen, self._anchor, self._ignore)
         marked = probe.marked(batch)
@@ -209,11 +134,6 @@ class SquaredGradients:
         real = batches.rows(batch, torch.arange(counted))
         for name, squares in self._one_by_one(looped, real).items():
             sums.add(name, squares)
-
-    def _one_by_one(
-        self, group: Mapping[str, Tensor], batch: Batch, counted: int | None = None
-    ) -> dict[str, Tensor]:
-        return loop.squared_gradients(self.model, group, self.loss_fn, batch, counted)
 
     def _require_same_operands(self, forward: ServedPass, plan: Plan) -> None:
         """Raises ModelChanged where another parameter stands than in the probe: an expert chosen by
@@ -286,26 +206,3 @@ class SquaredGradients:
         wanted = {n: self.parameters[n] for n in plan.pulled_parameters}
         for name, each in per_sample_through(pulled, wanted, self._names, n).items():
             sums.add(name, each.square().sum(0))
-
-
-def _reference(loss_fn: LossFn) -> object:
-    """What tells a loss from others without keeping it: it may hold the model that plans are of."""
-    try:
-        found = WeakMethod(loss_fn) if isinstance(loss_fn, MethodType) else ref(loss_fn)
-        hash(found)
-        return found
-    except TypeError:  # a dataclass, or a class with __slots__ without room for weak references
-        return _Itself(loss_fn)
-
-
-class _Itself:
-    """Equal to that of the same object only, whatever that object says of itself; keeps it."""
-
-    def __init__(self, one: object) -> None:
-        self.one = one
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and other.one is self.one
-
-    def __hash__(self) -> int:
-        return id(self.one)

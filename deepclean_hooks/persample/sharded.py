@@ -22,17 +22,13 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import FLUSH_EVERY, Sums, add_converted
 from deepclean_hooks.persample.call import DATA, Call, flatten, kind, mark
-from deepclean_hooks.persample.engine import (
-    DEFAULT_MEMORY_BUDGET,
-    NonFiniteGradient,
-    Plans,
-    SquaredGradients,
-)
+from deepclean_hooks.persample.engine import NonFiniteGradient, SquaredGradients
 from deepclean_hooks.persample.forwards import ModelChanged, ServedPass
 from deepclean_hooks.persample.intercept import Interception
 from deepclean_hooks.persample.layout import Layout, Unserved
 from deepclean_hooks.persample.outer import Product
 from deepclean_hooks.persample.plan import Plan, leaves
+from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Plans
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 from deepclean_hooks.ranks import fsdp, shards

@@ -13,7 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.data import losses
-from deepclean_hooks.persample import remembered
+from deepclean_hooks.persample import planner
 from deepclean_hooks.persample.engine import SquaredGradients
 from lab.reference import relative_error
 
@@ -105,16 +105,16 @@ def measured_by_a_loss_that_holds_the_model() -> int:
         return losses.cross_entropy(inner, batch)
 
     session(model, loss_fn=loss).measure(FIRST, REST)
-    return len(remembered._PLANS)
+    return len(planner._PLANS)
 
 
 def test_plans_go_with_the_model() -> None:
     """Fails if a model lives on in its plans, or in the loss that they are of."""
     gc.collect()
-    before = len(remembered._PLANS)
+    before = len(planner._PLANS)
     assert measured_by_a_loss_that_holds_the_model() == before + 1
     gc.collect()
-    assert len(remembered._PLANS) == before
+    assert len(planner._PLANS) == before
 
 
 def test_another_loss_is_probed_and_a_dropped_one_forgotten(probed: list[int]) -> None:
@@ -124,7 +124,7 @@ def test_another_loss_is_probed_and_a_dropped_one_forgotten(probed: list[int]) -
         session(model, loss_fn=lambda m, b: losses.cross_entropy(m, b)).measure(FIRST, REST)
         gc.collect()
         assert len(probed) == count
-        assert len(remembered._PLANS[model][1]) == 1
+        assert len(planner._PLANS[model][1]) == 1
 
 
 def test_two_requests_from_one_stored_diagonal(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from deepclean_hooks.measure.batch_mean import MeanGradient, OutputMagnitude
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample import accumulate, device, outer
 from deepclean_hooks.persample.engine import SquaredGradients
-from deepclean_hooks.persample.rules.convolution import SMALL_MAP
 from deepclean_hooks.persample.rules.linear import Linear
+from deepclean_hooks.persample.windows import SMALL_MAP
 from lab.cases import CASES, Tied
 from lab.reference import relative_error, squared_gradients
 
