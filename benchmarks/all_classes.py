@@ -30,12 +30,12 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.data import losses
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.batch_mean import BatchMean
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods import ASSD, SSD, ClassProjection, FineTune
 from deepclean_hooks.report.report import versions
 from deepclean_hooks.stored.files import written_whole
@@ -113,14 +113,8 @@ class Bench:
 
     def measured(self, estimator: Estimator, method: deepclean.Method) -> Measurement:
         """Of the whole training set, what the method may select."""
-        return estimator(
-            self.original,
-            samples_of(self.train, batch_size=BATCH),
-            loss_fn=losses.cross_entropy,
-            parameters=method.may_select,
-            name="train",
-            progress=True,
-        )
+        source = samples_of(self.train, batch_size=BATCH)
+        return estimator(Request(self.original, source, "train", parameters=method.may_select))
 
     def few(self, scenario: Scenario, seed: int) -> tuple[Subset[Any], Subset[Any]]:
         """The samples that the projection is computed from."""

@@ -27,10 +27,10 @@ from deepclean_hooks.data.samples import (
 )
 from deepclean_hooks.guard.guard import Guard, NormStatistics, require_unguarded
 from deepclean_hooks.guard.norm_statistics import require_choice
-from deepclean_hooks.measure import dead, stored_retain
-from deepclean_hooks.measure.estimator import shared_samples, together
+from deepclean_hooks.measure import dead
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import measured, require_of_use
 from deepclean_hooks.methods.method import Mask, Method, Selection
 from deepclean_hooks.metrics.evaluate import Gold, evaluate
 from deepclean_hooks.model import no_trace
@@ -109,8 +109,7 @@ class Session:
         before = checkpoint.digests_of(self.model)
         self._facts.update(model_before=bits.combined(before), checkpoint_before=before)
         if isinstance(retain, Measurement):
-            self._require_of_use(retain)
-            retain = retain.placed_like(self._parameters())
+            require_of_use(self.method, retain, self.model, bits.combined(before))
         else:
             self._name_sets(retain=retain)
         self._name_sets(forget=forget)
@@ -119,17 +118,16 @@ class Session:
         if self.scores:
             self._evaluate("before", gold=None)
         with self._timed("fisher"):
-            self._forget = self._measured("forget")
-            if isinstance(retain, Measurement):
-                served = stored_retain.of_both if self.method.joint else stored_retain.without
-                self._retain = served(retain, self._forget)
-            else:
-                self._retain = self._measured("retain")
-        forgotten, retained = len(self._forget.samples), len(self._retain.samples)
-        if self.method.joint:
-            shared, retained = shared_samples(self._forget, self._retain), retained - forgotten
-        else:
-            shared = stored_retain.shared_content(self._forget, self._retain)
+            found = measured(
+                self.method,
+                self.model,
+                self._sets["forget"],
+                retain if isinstance(retain, Measurement) else self._sets["retain"],
+                loss_fn=self.loss_fn,
+                progress=self.progress,
+            )
+        self._forget, self._retain = found.forget, found.retain
+        forgotten, shared = len(found.forget.samples), found.shared
         if shared:
             self._warn(
                 f"{shared} of the {forgotten} forget samples stand in the retain set with "
@@ -138,7 +136,7 @@ class Session:
         self._facts.update(
             forgotten=identifiers.salted(self._forget.samples.tolist()),
             forget_samples=forgotten,
-            retain_samples=retained,
+            retain_samples=found.retain_samples,
             overlapping_samples=shared,
             measurement={"forget": self._forget.settings, "retain": self._retain.settings},
         )
@@ -458,42 +456,6 @@ class Session:
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self._parameters().items() if p.requires_grad}
-
-    def _require_of_use(self, stored: Measurement) -> None:
-        """Raises ValueError or TypeError if a stored measurement is none that the method takes."""
-        estimator = self.method.retain_measured_by
-        if not isinstance(stored, estimator.result):
-            raise TypeError(
-                f"{self.method.name} needs a stored {estimator.result.__name__}, got "
-                f"{type(stored).__name__}; pass the retain set to have it measured"
-            )
-        if self.method.joint and stored.settings.get("estimator") != repr(estimator):
-            raise ValueError(
-                f"{self.method.name} needs a measurement of the whole training set by "
-                f"{estimator!r}, the stored one is by {stored.settings.get('estimator')}; pass the "
-                "retain set to have it measured"
-            )
-        if not estimator.additive and not self.method.joint:
-            raise ValueError(
-                f"{estimator!r} cannot subtract samples from a stored measurement; pass the retain "
-                "set"
-            )
-        stored.require_model(self.model)
-
-    def _measured(self, name: str) -> Measurement:
-        source = self._sets[name]
-        if name == "retain" and self.method.joint:
-            source = together(source, self._sets["forget"])
-        method = self.method
-        estimator = method.measured_by if name == "forget" else method.retain_measured_by
-        return estimator(
-            self.model,
-            source,
-            loss_fn=self.loss_fn,
-            parameters=self.method.may_select,
-            name=name,
-            progress=self.progress,
-        )
 
     def _count_dead(self) -> None:
         assert self._selection is not None

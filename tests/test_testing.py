@@ -13,6 +13,7 @@ from deepclean_hooks.measure.batch_mean import BatchMean
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods import DeepClean, FineTune, Mask, Selection
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the reset entries are dead:UserWarning")
@@ -48,9 +49,9 @@ class _Tracing(PerSampleFisher):
     def __repr__(self) -> str:
         return "_Tracing()"
 
-    def __call__(self, model: nn.Module, *args: object, **kwargs: object) -> Measurement:
-        found = super().__call__(model, *args, **kwargs)
-        self.leave(model)
+    def __call__(self, request: Request) -> Measurement:
+        found = super().__call__(request)
+        self.leave(request.model)
         return found
 
 
@@ -154,8 +155,8 @@ class DependsOnBatches(Honest):
 class _LoaderBatches(Estimator):
     """Batch means over the loader's own batches."""
 
-    def __call__(self, model: nn.Module, data: object, **how: object) -> Measurement:
-        found = BatchMean(data.batch_size)(model, data, **how)
+    def __call__(self, request: Request) -> Measurement:
+        found = BatchMean(request.data.batch_size)(request)
         found.settings["estimator"] = "loader batches"
         return found
 

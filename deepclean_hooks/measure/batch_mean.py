@@ -21,10 +21,10 @@ from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.data.walk import walk
-from deepclean_hooks.measure.estimator import Estimator, Predicate, rebatched
+from deepclean_hooks.measure.estimator import Estimator, rebatched
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import Request, all_samples
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.model.wrappers import require_trainable, unwrap
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """Maps (model, batch) to a scalar."""
@@ -63,41 +63,29 @@ class _BatchGradients(Estimator):
         twice = objective(model, batches.rows(batch, torch.tensor([0, 0])))
         return twice / 2 if self.sums_samples else twice
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Samples,
-        *,
-        loss_fn: LossFn,
-        parameters: Predicate,
-        name: str,
-        progress: bool,
-    ) -> Measurement:
+    def __call__(self, request: Request) -> Measurement:
         """One backward pass a batch."""
-        no_trace.require_precision(unwrap(model), self.accumulate)
-        source = self.source(data, name)
-        settings = self.described(model, loss_fn, batch_size=self.batch_size)
-        everything = require_trainable(unwrap(model))
-        wanted = {n: p for n, p in everything.items() if parameters(n, p)}
+        no_trace.require_precision(request.inner, self.accumulate)
+        source = self.source(request.data, request.name)
+        settings = self.described(request, batch_size=self.batch_size)
+        wanted = request.weights
         count = 0
         ids: list[int] = []
-        with no_trace.no_trace(model) as inner, no_trace.float32_weights(inner) as dtype:
+        with no_trace.no_trace(request.model) as inner, no_trace.float32_weights(inner) as dtype:
             sums = {n: torch.zeros_like(p, dtype=self.accumulate) for n, p in wanted.items()}
             device = no_trace.device_of(inner)
-            label = f"gradients {name}" if progress else None
+            label = request.label("gradients")
             walked = walk(source, device=device, dtype=dtype, progress=label, ids=ids)
             with ranks.fail_together():
                 for batch in walked:
                     count += self.terms(batch)
-                    value = self._value(inner, batch, loss_fn)
+                    value = self._value(inner, batch, request.loss_fn)
                     for key, gradient in _gradients(value, wanted):
                         sums[key] += self.term(gradient)
         ranks.sum_over_ranks(sums)
         count = sum(ranks.gather(count))
-        ids = [i for part in ranks.gather(ids) for i in part]
         settings["computed"] = str(next(iter(wanted.values())).dtype).removeprefix("torch.")
-        samples = torch.tensor(sorted(ids), dtype=torch.int64)
-        return Measurement(sums, count, samples, settings)
+        return Measurement(sums, count, all_samples(ids), settings)
 
 
 def _gradients(value: Tensor, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from deepclean_hooks.data import losses
 from deepclean_hooks.data.batches import Batch
-from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Samples
-from deepclean_hooks.measure.estimator import Estimator, Predicate
-from deepclean_hooks.measure.fisher import FisherDiagonal, fisher_diagonal
+from deepclean_hooks.measure.estimator import Estimator
+from deepclean_hooks.measure.fisher import FisherDiagonal, diagonal
+from deepclean_hooks.measure.request import Request
 
 
 @dataclass(frozen=True)
@@ -27,27 +26,12 @@ class ExpectedFisher(Estimator):
     classes: int
     result = FisherDiagonal
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Samples,
-        *,
-        loss_fn: LossFn,
-        parameters: Predicate,
-        name: str,
-        progress: bool,
-    ) -> FisherDiagonal:
+    def __call__(self, request: Request) -> FisherDiagonal:
         """The sum over classes; the user's loss is not used, the outputs are probabilities."""
         total: FisherDiagonal | None = None
+        request = replace(request, model_digest=request.origin)
         for label in range(self.classes):
-            one = fisher_diagonal(
-                model,
-                data,
-                loss_fn=_OneLabel(label, self.classes),
-                parameters=parameters,
-                name=name,
-                progress=progress,
-            )
+            one = diagonal(replace(request, loss_fn=_OneLabel(label, self.classes)))
             if total is None:
                 total = one
             else:

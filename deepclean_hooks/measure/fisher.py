@@ -27,16 +27,16 @@ from deepclean_hooks.data.samples import (
     warn_if_changing,
 )
 from deepclean_hooks.data.walk import walk, walk_together
-from deepclean_hooks.measure.estimator import Estimator, Predicate
+from deepclean_hooks.measure.estimator import Estimator, name_of
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import Predicate, Request, all_samples, every_parameter
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.model.wrappers import require_trainable, unwrap
+from deepclean_hooks.model.wrappers import require_trainable
 from deepclean_hooks.persample.engine import NonFiniteGradient, SquaredGradients
-from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Plans, plans_of
+from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, plans_of
 from deepclean_hooks.persample.sharded import ShardedSquaredGradients
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.stored import bits
-from deepclean_hooks.stored.checkpoint import model_digest
 
 
 class FisherDiagonal(Measurement):
@@ -68,7 +68,6 @@ def fisher_diagonal(
     batch_size: int | None = None,
     collate_fn: Any = None,
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
-    plans: Plans | None = None,
     name: str = "data",
     progress: bool = True,
 ) -> FisherDiagonal:
@@ -78,37 +77,55 @@ def fisher_diagonal(
     `parameters(name, parameter)` says which trainable parameters to measure, all by default;
     `loss_fn` maps (model, batch) to one negative log-likelihood per sample, cross-entropy by
     default; `accumulate` is the dtype of the sums; `memory_budget` is in bytes, for per-sample
-    gradients beyond a plain forward and backward; `plans`, a dict, is filled with what was found
-    out about this model and saves a later pass over it from finding it out again. Weights in half
-    precision are measured through float32 copies. The model is left as it was, after an exception
-    too. Of a model under FSDP2 (`fully_shard`) the sums are sharded as its parameters are; all
-    ranks call this together.
+    gradients beyond a plain forward and backward. Weights in half precision are measured through
+    float32 copies. The model is probed and checked at its first measurement; later ones use what
+    was learned then as long as the model lives. It is left as it was, after an exception too. Of a
+    model under FSDP2 (`fully_shard`) the sums are sharded as its parameters are; all ranks call
+    this together.
 
     Raises ValueError or TypeError, naming the batch, for an empty set, bad labels, a scalar loss, a
     NaN loss or gradient, a model that mixes samples or has nothing to train.
     """
-    inner = unwrap(model)
-    loss = loss_fn or losses.cross_entropy
+    with ranks.fail_together():
+        source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
+    request = Request(
+        model,
+        source,
+        name,
+        loss_fn or losses.cross_entropy,
+        parameters or every_parameter,
+        progress,
+    )
+    return diagonal(request, accumulate=accumulate, memory_budget=memory_budget)
+
+
+def diagonal(
+    request: Request,
+    *,
+    accumulate: torch.dtype = torch.float64,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> FisherDiagonal:
+    """`fisher_diagonal` of what is requested."""
+    inner, source, loss, name = request.inner, request.data, request.loss_fn, request.name
     with ranks.fail_together():
         no_trace.require_precision(inner, accumulate)
         fsdp.require_measurable(inner, ranks.world()[1])
-        source = samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
         changing = warn_if_changing(source, name)
-        wanted = _wanted(inner, parameters)
+        wanted = _wanted(request)
     require_same_on_ranks(source, name, changing)
     if ranks.world()[1] > 1:
         ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
-    fingerprint = ranks.gather(model_digest(inner))[0]  # rank 0's buffers serve all
+    origin = request.origin
     with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
         kept = {id(p) for p in wanted.values()}
         for p in inner.parameters():
             p.requires_grad_(id(p) in kept)
-        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, plans, dtype, name)
-        engine, ids = pass_.run(f"Fisher {name}" if progress else None)
-    sums, count, samples = _over_ranks(engine, ids, name)
+        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
+        engine, ids = pass_.run(request.label("Fisher"))
+    sums, samples = _over_ranks(engine, ids, name)
     settings = {
-        "model": fingerprint,
-        "loss": f"{getattr(loss, '__module__', '?')}.{getattr(loss, '__qualname__', '?')}",
+        "model": origin,
+        "loss": name_of(loss),
         "estimator": "per-sample",
         "computed": engine.computed,
         "accumulate": str(accumulate).removeprefix("torch."),
@@ -116,13 +133,13 @@ def fisher_diagonal(
         "samples_change": changing,
         "torch": str(torch.__version__),
     }
-    return FisherDiagonal(sums, count, samples, settings)
+    return FisherDiagonal(sums, len(samples), samples, settings)
 
 
-def _wanted(model: nn.Module, predicate: Predicate | None) -> dict[str, nn.Parameter]:
-    everything = require_trainable(model)
-    wanted = {n: p for n, p in everything.items() if predicate is None or predicate(n, p)}
+def _wanted(request: Request) -> dict[str, nn.Parameter]:
+    wanted = request.weights
     if not wanted:
+        everything = require_trainable(request.inner)
         raise ValueError(
             f"parameters= accepts none of the {len(everything)} trainable parameters, for instance "
             f"{list(everything)[:3]}; widen the pattern or the predicate"
@@ -140,7 +157,6 @@ class _Pass:
     loss_fn: LossFn
     accumulate: torch.dtype
     memory_budget: int
-    plans: Plans | None
     dtype: torch.dtype | None
     name: str
 
@@ -173,7 +189,7 @@ class _Pass:
             loss_fn=self.loss_fn,
             dtype=self.accumulate,
             memory_budget=self.memory_budget,
-            plans=self.plans,
+            plans=plans_of(self.model),
         )
 
     def _walk(
@@ -215,42 +231,21 @@ class _Pass:
 
 def _over_ranks(
     engine: SquaredGradients, ids: list[int], name: str
-) -> tuple[dict[str, Tensor], int, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
     sums = engine.totals()
     ranks.sum_over_ranks({n: total for n, total in sums.items() if not shards.is_shard(total)})
-    everyone = [i for part in ranks.gather(ids) for i in part]
-    if not everyone:
+    samples = all_samples(ids)
+    if not len(samples):
         raise ValueError(f"{name} is empty: its loader yielded no batch; check how it was made")
-    return sums, len(everyone), torch.tensor(sorted(everyone), dtype=torch.int64)
+    return sums, samples
 
 
 @dataclass(frozen=True)
 class PerSampleFisher(Estimator):
-    """The exact empirical Fisher diagonal: the square of each sample's own gradient.
-
-    The model is probed and checked at its first measurement; later ones, of other sets or for other
-    requests, use what was found as long as the model lives.
-    """
+    """The exact empirical Fisher diagonal: the square of each sample's own gradient."""
 
     result = FisherDiagonal
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Samples,
-        *,
-        loss_fn: LossFn,
-        parameters: Predicate,
-        name: str,
-        progress: bool,
-    ) -> FisherDiagonal:
-        """`fisher_diagonal` of the set."""
-        return fisher_diagonal(
-            model,
-            data,
-            loss_fn=loss_fn,
-            parameters=parameters,
-            plans=plans_of(unwrap(model)),
-            name=name,
-            progress=progress,
-        )
+    def __call__(self, request: Request) -> FisherDiagonal:
+        """`fisher_diagonal` of what is requested."""
+        return diagonal(request)

@@ -19,13 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data.batches import Batch
-from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.data.walk import walk
-from deepclean_hooks.measure.estimator import Estimator, Predicate
+from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import Request, all_samples
 from deepclean_hooks.model import no_trace
-from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.persample import windows
 
 # The body of a composite function, whose inner calls are seen: attention's projections are inside.
@@ -83,43 +81,33 @@ class LayerInputs(Estimator):
     patches: SampledPatches | None = None
     result = InputGrams
 
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Samples,
-        *,
-        loss_fn: LossFn,
-        parameters: Predicate,
-        name: str,
-        progress: bool,
-    ) -> InputGrams:
+    def __call__(self, request: Request) -> InputGrams:
         """One forward pass of the set; raises ValueError for sampled patches on several ranks."""
-        no_trace.require_precision(unwrap(model), self.accumulate)
+        no_trace.require_precision(request.inner, self.accumulate)
         if self.patches is not None and ranks.world()[1] > 1:
             raise ValueError(
                 f"{self.patches!r} draws patches batch by batch, so {ranks.world()[1]} ranks would "
                 "give another result than one; launch one process, or take LayerInputs() without "
                 "patches="
             )
-        weights = {n: p for n, p in require_trainable(unwrap(model)).items() if parameters(n, p)}
-        shapes = {n: list(p.shape) for n, p in weights.items()}
-        settings = self.described(model, loss_fn, shapes=shapes)
+        weights = request.weights
+        settings = self.described(request, shapes={n: list(p.shape) for n, p in weights.items()})
         labels: Counter[str] | None = Counter()
         ids: list[int] = []
         # Attention's fused path would hide its projections.
         fused = torch.backends.mha.get_fastpath_enabled()
-        with no_trace.no_trace(model) as inner, no_trace.float32_weights(inner) as dtype:
+        with no_trace.no_trace(request.model) as inner, no_trace.float32_weights(inner) as dtype:
             grams = Grams(weights, self)
             device = no_trace.device_of(inner)
-            label = f"layer inputs {name}" if progress else None
-            walked = walk(data, device=device, dtype=dtype, progress=label, ids=ids)
+            label = request.label("layer inputs")
+            walked = walk(request.data, device=device, dtype=dtype, progress=label, ids=ids)
             torch.backends.mha.set_fastpath_enabled(False)
             try:
                 with torch.no_grad(), ranks.fail_together():
                     for batch in walked:
                         labels = _count_labels(labels, batch)
                         with grams:
-                            loss_fn(inner, batch)
+                            request.loss_fn(inner, batch)
             finally:
                 torch.backends.mha.set_fastpath_enabled(fused)
         _complete(grams.sums, self.accumulate, device)
@@ -158,12 +146,11 @@ def _over_ranks(
     sums: dict[str, Tensor], ids: list[int], labels: Counter[str] | None, settings: dict[str, Any]
 ) -> InputGrams:
     ranks.sum_over_ranks(sums)
-    everyone = [i for part in ranks.gather(ids) for i in part]
+    samples = all_samples(ids)
     counts = ranks.gather(labels)
     total = None if None in counts else sum((c for c in counts if c is not None), Counter())
     classes = None if total is None else dict(sorted(total.items()))
-    samples = torch.tensor(sorted(everyone), dtype=torch.int64)
-    return InputGrams(sums, len(everyone), samples, {**settings, "classes": classes})
+    return InputGrams(sums, len(samples), samples, {**settings, "classes": classes})
 
 
 class Grams(TorchFunctionMode):

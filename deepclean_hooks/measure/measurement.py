@@ -173,9 +173,10 @@ class Measurement:
                 "measure both with the same parameters="
             )
 
-    def require_model(self, model: nn.Module) -> None:
-        """Raises ValueError if this was measured on other weights than the model now has."""
-        found = model_digest(model)
+    def require_model(self, model: nn.Module, digest: str | None = None) -> None:
+        """Raises ValueError if this was measured on other weights than the model now has; `digest`
+        is the model's, where the caller has it already."""
+        found = digest or model_digest(model)
         if self.settings.get("model") != found and not self.earlier_weights:
             raise ValueError(
                 f"the stored {self.noun} belongs to the model "

@@ -25,6 +25,7 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import NormStatistics
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import measured
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.metrics.outputs import Outputs, collect
@@ -32,7 +33,7 @@ from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.tuning import copies
-from deepclean_hooks.tuning.gamma_sweep import GAMMAS, diagonals, grid
+from deepclean_hooks.tuning.gamma_sweep import GAMMAS, grid
 
 TRAINED = 2048  # retain samples that a trial trains on, once, in batches of BATCH
 BATCH = 32
@@ -190,13 +191,19 @@ def choose_gamma(
     require_whole(model)
     methods = grid(base, gammas)
     trials = Trials(sets["forget"], sets["retain"], sets.get("held_out"))
-    measured = diagonals(
-        model, base, sets, loss_fn=loss_fn or losses.cross_entropy, progress=progress
+    found = measured(
+        base,
+        model,
+        sets["forget"],
+        sets["retain"],
+        loss_fn=loss_fn or losses.cross_entropy,
+        progress=progress,
     )
     return trials.choose(
         model,
         methods,
-        *measured,
+        found.forget,
+        found.retain,
         loss_fn=loss_fn or losses.cross_entropy,
         norm_statistics=norm_statistics,
     )

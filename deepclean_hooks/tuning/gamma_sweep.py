@@ -15,7 +15,7 @@ from deepclean_hooks.data import losses
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import NormStatistics
-from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import measured
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
@@ -133,18 +133,23 @@ def gamma_sweep(
         if data is not None
     }
     refuse_shared_indices(sets)
-    measured = diagonals(
-        model, base, sets, loss_fn=loss_fn or losses.cross_entropy, progress=progress
+    found = measured(
+        base,
+        model,
+        sets["forget"],
+        sets["retain"],
+        loss_fn=loss_fn or losses.cross_entropy,
+        progress=progress,
     )
     tried = _Trial(unwrap(model), sets, scores, fine_tune, norm_statistics, progress)
     points = []
     for one in methods:
-        masks = one.select(measured[0], measured[1]).masks
+        masks = one.select(found.forget, found.retain).masks
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
         points.append(GammaPoint(one.number, counts, *tried.of(masks)))
     return GammaSweep(
         tuple(points),
-        {name: total.numel() for name, total in measured[0].sums.items()},
+        {name: total.numel() for name, total in found.forget.sums.items()},
         sum(p.numel() for p in require_trainable(unwrap(model)).values()),
         tried.figures(unwrap(model)),
     )
@@ -156,24 +161,6 @@ def grid(base: DeepClean, gammas: Sequence[float] = GAMMAS) -> list[DeepClean]:
     if not methods:
         raise ValueError("gammas is empty; give at least one")
     return methods
-
-
-def diagonals(
-    model: nn.Module,
-    method: DeepClean,
-    sets: Mapping[str, Samples],
-    *,
-    loss_fn: LossFn,
-    progress: bool,
-) -> tuple[Measurement, Measurement]:
-    """(I_Df, I_Dr) of the sets `forget` and `retain`, measured as a session does."""
-    how: dict[str, Any] = {
-        "loss_fn": loss_fn,
-        "parameters": method.may_select,
-        "progress": progress,
-    }
-    forget = method.measured_by(model, sets["forget"], name="forget", **how)
-    return forget, method.retain_measured_by(model, sets["retain"], name="retain", **how)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 from deepclean_hooks.data import losses
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data, samples_of
+from deepclean_hooks.measure.request import measured
 from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.metrics.evaluate import evaluate
 
@@ -51,24 +52,22 @@ def search(
     method = method or ClassProjection()
     sets = {"forget": forget, "retain": retain}
     read = {n: samples_of(data, name=n, batch_size=batch_size) for n, data in sets.items()}
-    seen = {
-        name: method.measured_by(
-            model,
-            source,
-            loss_fn=loss_fn or losses.cross_entropy,
-            parameters=method.may_select,
-            name=name,
-            progress=progress,
-        )
-        for name, source in read.items()
-    }
+    seen = measured(
+        method,
+        model,
+        read["forget"],
+        read["retain"],
+        loss_fn=loss_fn or losses.cross_entropy,
+        progress=progress,
+    )
     trial = copy.deepcopy(model)
     own = {name: p.detach() for name, p in model.named_parameters()}
     found = []
     for alpha_retain in alphas_retain:
         for alpha_forget in alphas_forget:
             one = replace(method, alpha_retain=alpha_retain, alpha_forget=alpha_forget)
-            values = one.new_values(own, one.select(**seen), **seen)
+            selection = one.select(seen.forget, seen.retain)
+            values = one.new_values(own, selection, seen.forget, seen.retain)
             trial.load_state_dict(values, strict=False)
             scores = evaluate(
                 trial, forget=read["forget"], retain=read["retain"], membership=False

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.data import losses
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.expected_fisher import ExpectedFisher
 from deepclean_hooks.measure.layer_inputs import LayerInputs, SampledPatches
+from deepclean_hooks.measure.request import Request
 from lab.distributed_worker import network, run_all, samples
 
 METHODS: dict[str, deepclean.Method] = {
@@ -40,14 +40,8 @@ COUNTS = (13, 1)
 
 def measured(estimator: Estimator, count: int = 13) -> dict[str, Any]:
     """What the estimator finds in so many samples."""
-    found = estimator(
-        network(torch.float64),
-        samples_of(samples(0, count, torch.float64), name="forget", batch_size=4),
-        loss_fn=losses.cross_entropy,
-        parameters=lambda name, parameter: True,
-        name="forget",
-        progress=False,
-    )
+    data = samples_of(samples(0, count, torch.float64), name="forget", batch_size=4)
+    found = estimator(Request(network(torch.float64), data, "forget", progress=False))
     kept = {key: found.settings[key] for key in ("classes",) if key in found.settings}
     return {"sums": found.sums, "count": found.count, "ids": found.samples.tolist(), **kept}
 

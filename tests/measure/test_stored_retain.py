@@ -72,6 +72,21 @@ def test_a_model_is_probed_once(probed: list[int]) -> None:
     assert len(probed) == 2
 
 
+def test_direct_calls_probe_once_too(probed: list[int]) -> None:
+    """Fails if plans are only a session's: a second call, another set or a session probes again."""
+    model = network()
+    first = deepclean.fisher_diagonal(model, FIRST)
+    again = deepclean.fisher_diagonal(nn.DataParallel(model), FIRST)
+    deepclean.fisher_diagonal(model, SECOND, accumulate=torch.float32)
+    assert len(probed) == 1
+    assert all(torch.equal(total, again.sums[name]) for name, total in first.sums.items())
+    session(model).measure(FIRST, REST)  # other parameters are measured
+    session(model).measure(SECOND, REST)
+    assert len(probed) == 2
+    with pytest.raises(TypeError, match="plans"):
+        deepclean.fisher_diagonal(model, FIRST, plans={})
+
+
 def test_a_changed_model_is_probed_again(probed: list[int]) -> None:
     """Fails if plans outlive a layer, a flag or the shapes they were made for."""
     model = network()
@@ -93,7 +108,7 @@ def test_a_changed_model_is_probed_again(probed: list[int]) -> None:
 
 def direct(model: nn.Module, data: TensorDataset) -> deepclean.FisherDiagonal:
     """The diagonal, of the parameters that the method may select, with no plans from before."""
-    return deepclean.fisher_diagonal(model, data, parameters=METHOD.may_select)
+    return deepclean.fisher_diagonal(copy.deepcopy(model), data, parameters=METHOD.may_select)
 
 
 def measured_by_a_loss_that_holds_the_model() -> int:

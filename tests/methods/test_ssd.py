@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.data import losses
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
 from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods import ASSD, LFSSD, SSD
 from deepclean_hooks.stored.bits import differing
 from lab.reference import squared_gradients
@@ -215,14 +215,7 @@ def test_stored_batch_means_of_the_whole_training_set() -> None:
 
     def stored(*parts: Dataset) -> Measurement:
         source = samples_of(ConcatDataset(parts), batch_size=8)
-        return method.estimator(
-            network(),
-            source,
-            loss_fn=losses.cross_entropy,
-            parameters=method.may_select,
-            name="train",
-            progress=False,
-        )
+        return method.estimator(Request(network(), source, parameters=method.may_select))
 
     model = network()
     run = deepclean.Session(model, method, scores=False)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from deepclean_hooks import fisher_diagonal
-from deepclean_hooks.data.losses import cross_entropy
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.batch_mean import MeanGradient, OutputMagnitude
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample import accumulate, device, outer
 from deepclean_hooks.persample.engine import SquaredGradients
@@ -47,10 +47,9 @@ def test_batch_gradients_of_one_sample(name: str) -> None:
     and a sum."""
     model, x, y = double(name, 1)
     model.eval()
-    options = {"loss_fn": cross_entropy, "parameters": lambda name, p: True, "name": "forget"}
     weights = dict(model.named_parameters())
     for estimator in (MeanGradient(), OutputMagnitude(batch_size=1)):
-        found = estimator(model, samples_of(TensorDataset(x, y)), progress=False, **options)
+        found = estimator(Request(model, samples_of(TensorDataset(x, y))))
         twice = model(x.repeat(2, 1, 1, 1))
         value = F.cross_entropy(twice, y.repeat(2))
         if isinstance(estimator, OutputMagnitude):

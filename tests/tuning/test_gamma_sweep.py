@@ -12,6 +12,7 @@ from torch import nn
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.measure import fisher
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.stored import bits
 from deepclean_hooks.tuning.gamma_sweep import gamma_sweep
 from lab.planted import FORGET, RETAIN, TEST, gold, original
@@ -48,11 +49,13 @@ def test_data_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if each gamma costs a Fisher pass."""
     calls: list[str] = []
 
-    def counted(*args: object, **options: object) -> deepclean.FisherDiagonal:
-        calls.append(str(options["name"]))
-        return deepclean.fisher_diagonal(*args, **options)
+    measured = fisher.diagonal
 
-    monkeypatch.setattr(fisher, "fisher_diagonal", counted)
+    def counted(request: Request) -> deepclean.FisherDiagonal:
+        calls.append(request.name)
+        return measured(request)
+
+    monkeypatch.setattr(fisher, "diagonal", counted)
     gamma_sweep(original(), FORGET, RETAIN, gammas=GAMMAS, scores=False)
     assert calls == ["forget", "retain"]
 
