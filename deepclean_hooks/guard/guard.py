@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 from deepclean_hooks import ranks
 from deepclean_hooks.guard import norm_statistics as statistics
 from deepclean_hooks.guard import optimizers as known
+from deepclean_hooks.guard.added import Added, BeforeStep, Call
 from deepclean_hooks.guard.compact import Compact
 from deepclean_hooks.guard.follow import follow, weakly
 from deepclean_hooks.guard.held import GuardError, Held, restore
@@ -53,6 +54,9 @@ class Guard:
     With `norm_statistics="freeze"` running means and variances are held too, by evaluating those
     layers in eval mode; compiled models compile anew when that begins and ends.
 
+    `before_step`, if given, is called before each step of an optimizer of the model reads its
+    gradients, and may add to them; what it adds is masked like the rest.
+
     The guard owns a copy of the tensors that have frozen entries, and 1 byte for each entry of
     those that are partly free. A guard that is garbage collected releases itself.
     """
@@ -65,6 +69,7 @@ class Guard:
         norm_statistics: NormStatistics = "update",
         clear_optimizer_state: bool = True,
         optimizers: Iterable[torch.optim.Optimizer] = (),
+        before_step: BeforeStep | None = None,
     ) -> None:
         self.steps = 0  # optimizer steps seen that touched a parameter of the model
         self._model = unwrap(model)
@@ -87,6 +92,7 @@ class Guard:
         self._hidden = weakref.WeakKeyDictionary()
         self._judged: set[type] = set()
         self._saw_gradient = False
+        self._added = None if before_step is None else Added(before_step, weakly(self._mask_again))
         self._undo = contextlib.ExitStack()
         self._release = weakref.finalize(self, self._undo.close)
         self._start(norms.values(), optimizers)
@@ -241,14 +247,22 @@ class Guard:
         elif self._held[id(parameter)].free is None:
             parameter.grad = None
 
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _mask_again(self, optimizer: Any) -> None:
+        for held in self._held_of(optimizer):
+            held.mask_gradient()
+
+    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Call | None:
+        call = None
         if self._compact is not None:
             self._require_compact(optimizer, self._compact)
         if self._touches(optimizer):
             if optimizer not in self._met:
                 self._meet(known.stepping_around(optimizer), stepping=True)
             self._begun[optimizer] = self.steps
+            if self._added is not None:
+                call = self._added.begin(optimizer, self._stepped_by(optimizer), args, kwargs)
             self._hide(optimizer)
+        return call
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         for tensor, grad in self._hidden.pop(optimizer, ()):
@@ -260,8 +274,16 @@ class Guard:
             self.steps += self._touches(optimizer)
 
     @contextlib.contextmanager
-    def _following(self, optimizer: Any, name: str, *_: Any, **__: Any) -> Iterator[None]:
+    def _following(self, optimizer: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         seen = self.steps
+        if name == "step" and self._added is not None and self._touches(optimizer):
+            stepped = self._stepped_by(optimizer)
+            if self._added.begin(optimizer, stepped, (optimizer, *args), kwargs) is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} computes gradients in a closure, and torch's step "
+                    "hooks do not see it, so nothing can be added to them; call backward() before "
+                    "step(), or take an optimizer that derives from torch.optim.Optimizer"
+                )
         try:
             yield
         finally:
@@ -273,6 +295,13 @@ class Guard:
         if self._compact is not None and self._compact.serves(optimizer):
             return True
         return any(id(tensor) in self._ours for tensor in known.tensors_of(optimizer))
+
+    def _stepped_by(self, optimizer: Any) -> dict[str, Tensor]:
+        """The tensors that an optimizer steps, by the parameter's name; leaves in compact mode."""
+        ids = {id(tensor) for tensor in known.tensors_of(optimizer)}
+        named: dict[str, Tensor] = dict(self._model.named_parameters())
+        leaves = {} if self._compact is None else self._compact.leaves
+        return {name: t for name, t in {**named, **leaves}.items() if id(t) in ids}
 
     def _require_compact(self, optimizer: Any, compact: Compact) -> None:
         if any(id(tensor) in self._ours for tensor in known.tensors_of(optimizer)):
