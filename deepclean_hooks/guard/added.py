@@ -53,6 +53,19 @@ class Added:
             return (args[0], added, *args[2:]), kwargs
         return args, {**kwargs, "closure": added}
 
+    def begin_unseen(
+        self, optimizer: Any, stepped: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        """A step begins that torch's hooks do not see; raises RuntimeError if it has a closure."""
+        if any("step" not in known.unseen_writers(inner) for inner in known.layers(optimizer)[1:]):
+            return  # they see the optimizer inside it, and call `begin`
+        if self.begin(optimizer, stepped, (optimizer, *args), kwargs) is not None:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} computes gradients in a closure, and torch's step "
+                "hooks do not see it, so nothing can be added to them; call backward() before "
+                "step(), or take an optimizer that derives from torch.optim.Optimizer"
+            )
+
     def _add(self, optimizer: Any, stepped: Mapping[str, Tensor], *, again: bool) -> None:
         with torch.enable_grad():  # Lookahead steps what is inside it under no_grad
             self._before_step(optimizer, stepped, again)

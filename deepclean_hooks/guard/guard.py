@@ -277,13 +277,7 @@ class Guard:
     def _following(self, optimizer: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
         seen = self.steps
         if name == "step" and self._added is not None and self._touches(optimizer):
-            stepped = self._stepped_by(optimizer)
-            if self._added.begin(optimizer, stepped, (optimizer, *args), kwargs) is not None:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} computes gradients in a closure, and torch's step "
-                    "hooks do not see it, so nothing can be added to them; call backward() before "
-                    "step(), or take an optimizer that derives from torch.optim.Optimizer"
-                )
+            self._added.begin_unseen(optimizer, self._stepped_by(optimizer), args, kwargs)
         try:
             yield
         finally:
