@@ -82,7 +82,17 @@ def test_metadata_names_version_licence_and_extras(wheel: Path) -> None:
     assert f"Version: {version}" in lines
     assert "License-Expression: Apache-2.0" in lines
     extras = {line.split()[-1] for line in lines if line.startswith("Provides-Extra:")}
-    assert extras == {"all", "dev", "evaluate", "lightning", "plots", "test", "trainer", "vision"}
+    assert extras == {
+        "all",
+        "dev",
+        "docs",
+        "evaluate",
+        "lightning",
+        "plots",
+        "test",
+        "trainer",
+        "vision",
+    }
 
 
 def test_import_loads_no_optional_library() -> None:
