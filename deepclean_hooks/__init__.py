@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from deepclean_hooks import _moved
 from deepclean_hooks._version import __version__
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.guard.guard import Guard, GuardError
@@ -103,6 +104,8 @@ __all__ = [
     "unlearn",
     "unlearning",
 ]
+
+_moved.forward()
 
 
 def __getattr__(name: str) -> Any:

@@ -143,3 +143,20 @@ def test_only_named_modules_import_what_is_theirs(name: str, path: Path) -> None
             assert name.startswith("integrations."), dotted
         if dotted.startswith("torch.distributed") and name != "ranks.collectives":
             raise AssertionError(f"{name} imports {dotted}; only ranks speaks torch.distributed")
+
+
+def test_old_module_names_lead_to_the_new() -> None:
+    """Fails if a module that moved cannot be imported by its old name, or not by all its names."""
+    code = (
+        f"import warnings; warnings.simplefilter('ignore'); from {PACKAGE} import _moved\n"
+        "from importlib import import_module\n"
+        f"import {PACKAGE}\n"
+        "for old, new in _moved.MOVED.items():\n"
+        f"    there, here = import_module('{PACKAGE}.' + old), import_module('{PACKAGE}.' + new)\n"
+        "    names = {n: v for n, v in vars(here).items() if n[0] != '_'}\n"
+        "    assert all(getattr(there, n) is v for n, v in names.items()), old\n"
+        f"from {PACKAGE}.samples import samples_of\n"
+        f"from {PACKAGE} import identifiers\n"
+    )
+    ran = python(code, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr

@@ -1,1 +1,5 @@
 """What a person shows their auditor, as text, JSON, HTML and Markdown."""
+
+from deepclean_hooks.report.report import Layer, Report
+
+__all__ = ["Layer", "Report"]
