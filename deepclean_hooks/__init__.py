@@ -32,6 +32,7 @@ from deepclean_hooks.methods import (
     Method,
     NegGradPlus,
     RandomLabel,
+    ReferenceGuided,
     Retrain,
     SalUn,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "Method",
     "NegGradPlus",
     "RandomLabel",
+    "ReferenceGuided",
     "Report",
     "Retrain",
     "SalUn",

@@ -31,7 +31,9 @@ from deepclean_hooks.measure import dead
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import measured, require_of_use
+from deepclean_hooks.methods.adding import Adding
 from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.methods.term import Original, Term
 from deepclean_hooks.metrics.evaluate import Gold, evaluate
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
@@ -82,6 +84,9 @@ class Session:
         self._free: Mask = {}
         self._guard: Guard | None = None
         self._trials: gamma_auto.Trials | None = None
+        self._term: Term | None = None
+        self._adding: Adding | None = None
+        self._added_before = 0  # steps of the run that this one goes on from, as `_steps_before`
         self._resumed = False
         self._steps_before = 0  # of the run that this one goes on from
         self._facts: dict[str, Any] = {
@@ -185,6 +190,7 @@ class Session:
         assert self._selection is not None
         assert self._forget is not None
         assert self._retain is not None
+        self._term = self._prepared_term()
         weights = self._parameters()
         with self._timed("reset"), torch.no_grad():
             values = self.method.values(
@@ -219,12 +225,14 @@ class Session:
         if self.norm_statistics == "freeze":
             # DistributedDataParallel would do so at the next forward, which then looked like drift.
             ranks.share_buffers(unwrap(self.model))
+        self._adding = self._added_to_steps()
         self._guard = Guard(
             unwrap(self.model),
             self._free,
             norm_statistics=self.norm_statistics,
             clear_optimizer_state=not self._resumed,
             optimizers=optimizers,
+            before_step=self._adding,
         )
         self._started = time.perf_counter()
         self._phase = "guarded"
@@ -280,7 +288,7 @@ class Session:
         """Takes every hook off the model and the optimizers; safe at any time, and twice."""
         if self._guard is not None:
             self._guard.release()
-            self._guard = None
+            self._guard = self._adding = None
 
     # ------------------------------------------------------------------ report and resuming
 
@@ -318,18 +326,21 @@ class Session:
             "layers": {name: dict(values) for name, values in self._layers.items()},
             "scores": dict(self._scores),
             "warnings": list(self._warnings),
+            "term": {} if self._term is None else self._term.state_dict(),
             **self.so_far(),
         }
 
     def so_far(self) -> dict[str, Any]:
-        """`steps` (of optimizers) and `seconds` (by phase) so far, those before a resume included:
-        what of `state_dict()` changes while your loop runs."""
+        """`steps` (of optimizers), `added` (those to which the method's term was added) and
+        `seconds` (by phase) so far, those before a resume included: what of `state_dict()` changes
+        while your loop runs."""
         steps, seconds = self._steps_before, dict(self._seconds)
         if self._guard is not None:
             steps += self._guard.steps
             spent = time.perf_counter() - self._started
             seconds["fine-tune"] = seconds.get("fine-tune", 0.0) + spent
-        return {"steps": steps, "seconds": seconds}
+        added = self._added_before if self._adding is None else self._adding.done
+        return {"steps": steps, "added": added, "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Session:
         """Takes up a stored run: nothing is measured or reset again; `guard` is next.
@@ -356,7 +367,10 @@ class Session:
         self._seconds, self._scores = dict(state["seconds"]), dict(state["scores"])
         self._warnings = list(state["warnings"])
         self.norm_statistics = self._facts["norm_statistics"]
-        self._steps_before = state.get("steps", 0)
+        self._steps_before, self._added_before = state.get("steps", 0), state.get("added", 0)
+        self._term = self.method.term()
+        if self._term is not None:
+            self._term.load_state_dict(state.get("term", {}))
         self._resumed = True
         self._phase = "reset"
         return self
@@ -456,6 +470,35 @@ class Session:
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self._parameters().items() if p.requires_grad}
+
+    def _prepared_term(self) -> Term | None:
+        assert self._selection is not None and self._forget is not None and self._retain is not None
+        term = self.method.term()
+        if term is not None:
+            with self._timed("term"):
+                term.prepare(
+                    Original(
+                        model=self.model,
+                        forget=self._sets["forget"],
+                        selection=self._selection,
+                        forget_count=self._facts["forget_samples"],
+                        retain_count=self._facts["retain_samples"],
+                        seen=torch.cat([self._forget.samples, self._retain.samples]),
+                        progress=self.progress,
+                    )
+                )
+        return term
+
+    def _added_to_steps(self) -> Adding | None:
+        if self._term is None or not self.trains:
+            return None
+        if "forget" not in self._sets:
+            raise ValueError(
+                f"{self.method.name} draws forget batches at every step, also in a resumed run; "
+                "name the forget set, by watch(forget=...) in a session"
+            )
+        forget, done = self._sets["forget"], self._added_before
+        return Adding(self._term, self.model, forget, self.loss_fn, done=done)
 
     def _count_dead(self) -> None:
         assert self._selection is not None

@@ -3,6 +3,7 @@ of their own."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ def unlearn(
     *,
     method: Method,
     epochs: int = 3,
+    steps: int | None = None,
     lr: float = 1e-3,
     batch_size: int | None = None,
     collate_fn: Any = None,
@@ -50,10 +52,11 @@ def unlearn(
     augmentation of ours.
 
     `retain` is walked in shuffled order (by `seed`) in batches of `batch_size`, by default the
-    loader's own or 64. Three epochs at 1e-3 are the paper's values for CIFAR. `options` are those
-    of `unlearning`: test=, gold=, ...; `optimizer` makes another one of the parameters, such as
-    `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`. A method with an objective of its own is
-    trained by that, in one process.
+    loader's own or 64. Three epochs at 1e-3 are the paper's values for CIFAR; with `steps` it ends
+    after so many steps of the optimizer instead, as a request of a few samples needs. `options` are
+    those of `unlearning`: test=, gold=, ...; `optimizer` makes another one of the parameters, such
+    as `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`. A method that trains otherwise than by a
+    term beside the loss on D_r does so here, in one process.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
     the same on any number of them, and end with the same model; an incomplete last batch is filled
@@ -67,8 +70,13 @@ def unlearn(
             "the set itself, or give the stored one to unlearning(..., retain=stored) around your "
             "own loop"
         )
-    if not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs must be a positive whole number, got {epochs!r}")
+    for name, count in (("epochs", epochs), ("steps", 1 if steps is None else steps)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {count!r}")
+    if steps is not None and method.own_training:
+        raise ValueError(
+            f"{method.name} orders the batches of an epoch by itself; pass epochs= and no steps="
+        )
     loader = samples_of(
         retain, name="retain", batch_size=batch_size, collate_fn=collate_fn
     ).shuffled(seed)
@@ -79,7 +87,8 @@ def unlearn(
         make = optimizer or _adam(lr)
         with walked(run, forget, retain, resume):
             if run.trains and not method.own_training:
-                _fine_tune(wrapped, loader, run.loss_fn, epochs, make, progress, accelerator)
+                total = steps or epochs * len(loader)
+                _fine_tune(wrapped, loader, run.loss_fn, total, make, progress, accelerator)
             elif run.trains:
                 gone = samples_of(forget, name="forget", **reading).shuffled(seed + 1)
                 _train_by_method(run, gone, loader, epochs, make, progress)
@@ -125,14 +134,13 @@ def _fine_tune(
     model: nn.Module,
     retain: DataLoader[Any],
     loss_fn: losses.LossFn,
-    epochs: int,
+    steps: int,
     make: MakeOptimizer,
     progress: bool,
     accelerator: Accelerator | None,
 ) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = make(trained)
-    steps = epochs * len(retain)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     device = no_trace.device_of(unwrap(model))
     backward: Any = torch.Tensor.backward
@@ -141,15 +149,15 @@ def _fine_tune(
         backward = accelerator.backward
     hidden = None if progress and ranks.is_first() else True
     with no_trace.training(model), tqdm(total=steps, desc="fine-tune", disable=hidden) as bar:
-        for _ in range(epochs):
-            for batch in retain:
-                batch = batches.to(batch, device)
-                loss = losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
-                backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                bar.update()
+        epochs = itertools.chain.from_iterable(itertools.repeat(retain))
+        for batch in itertools.islice(epochs, steps):
+            batch = batches.to(batch, device)
+            loss = losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
+            backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.update()
     ranks.share_buffers(unwrap(model))
 
 

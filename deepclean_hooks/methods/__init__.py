@@ -15,6 +15,7 @@ from deepclean_hooks.methods.baselines.transpose import CT
 from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.reference_guided import ReferenceGuided
 from deepclean_hooks.methods.selecting import Mask, Selection
 from deepclean_hooks.methods.ssd import ASSD, LFSSD, SSD
 from deepclean_hooks.methods.training import Training
@@ -38,6 +39,7 @@ __all__ = [
     "Method",
     "NegGradPlus",
     "RandomLabel",
+    "ReferenceGuided",
     "Retrain",
     "SalUn",
     "Selection",

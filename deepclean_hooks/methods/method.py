@@ -15,6 +15,7 @@ from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.selecting import Mask, Selection, everything, nothing
+from deepclean_hooks.methods.term import Term
 from deepclean_hooks.methods.training import Training
 
 __all__ = ["Mask", "Method", "Selection"]
@@ -24,24 +25,38 @@ class Method(ABC):
     """One unlearning method; a frozen dataclass whose fields are its hyper-parameters.
 
     A method says what it does otherwise than plain fine-tuning on the retain set: as it stands here
-    nothing is selected, no weight is written, and everything trainable trains by your own loss.
+    nothing is selected, no weight is written, and everything trainable trains by your own loss. A
+    property is overridden by a property or by a value: `name = "mine"`, `knob = "gamma"`.
 
-    `knob`: the hyper-parameter that widens the selection when lowered, for messages; empty where
-    selecting nothing or everything is what the method means. `effect`: what becomes of the selected
-    entries, as a participle, for the report. `own_training`: whether the method
-    trains otherwise than by your loss on the retain set, so that only `unlearn()` can run it.
-    `sharded`: whether `select` and `new_values` look at entries one by one (and count and compare
-    whole tensors by way of `shards`), so that they serve a model under FSDP2.
     `resets_buffers`: whether buffers that `values` names become these values too, running
     statistics for instance.
     """
 
     name: str
-    knob: ClassVar[str] = ""
-    effect: ClassVar[str] = "given new values"
-    own_training: ClassVar[bool] = False
     resets_buffers: ClassVar[bool] = False
-    sharded: ClassVar[bool] = False
+
+    @property
+    def knob(self) -> str:
+        """The hyper-parameter that widens the selection when lowered, for messages; empty if
+        selecting nothing or everything is normal."""
+        return ""
+
+    @property
+    def effect(self) -> str:
+        """What becomes of the selected entries, as a participle, for the report."""
+        return "given new values"
+
+    @property
+    def own_training(self) -> bool:
+        """Whether the method trains otherwise than by your loss on the retain set, to which `term`
+        may add, so that only `unlearn()` can run it."""
+        return False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `select` and `new_values` look at entries one by one (and count and compare whole
+        tensors by way of `shards`), so that they serve a model under FSDP2."""
+        return False
 
     @property
     def measured_by(self) -> Estimator:
@@ -91,6 +106,11 @@ class Method(ABC):
         """The entries that may train afterwards; every other entry keeps its bits. Every entry that
         was measured by default."""
         return everything(selection.masks)
+
+    def term(self) -> Term | None:
+        """What is added to the objective of the loop that trains, one for each run; nothing by
+        default."""
+        return None
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """How `unlearn()` trains where `own_training` is set; may keep copies of the model."""

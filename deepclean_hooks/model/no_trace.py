@@ -98,6 +98,30 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
+def own_precision(model: nn.Module, *, evaluates: bool) -> Iterator[torch.dtype | None]:
+    """Lets a pass of the unwrapped model run beside a training loop's: without autocast, with a
+    random state of its own, in eval mode if `evaluates`. Yields what floating-point inputs have to
+    become: the weights' type where that is half, else None."""
+    modes = [(module, module.training) for module in model.modules()] if evaluates else []
+    device = device_of(model)
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    with contextlib.ExitStack() as stack:
+        devices = [device] if device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_own_forward(model))
+        try:
+            if modes:
+                model.train().eval()  # drops caches of derived weights, as in `no_trace`
+            yield kind if kind in (torch.float16, torch.bfloat16) else None
+        finally:
+            if modes:
+                model.train()
+            for module, was in modes:
+                module.training = was
+
+
+@contextlib.contextmanager
 def whole_float32() -> Iterator[None]:
     """Switches TF32 off for a while: it keeps 10 of float32's 23 fraction bits in products."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

@@ -71,6 +71,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _digest(state: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in state.items() if key != "free"}
+    rest = {key: value for key, value in state.items() if key not in ("free", "term")}
+    tensors = {**state["free"], **{f"term {n}": t for n, t in state.get("term", {}).items()}}
     text = json.dumps(rest, sort_keys=True, default=repr)
-    return hashlib.sha256((text + bits.digest(state["free"])).encode()).hexdigest()
+    return hashlib.sha256((text + bits.digest(tensors)).encode()).hexdigest()

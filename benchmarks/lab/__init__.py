@@ -1,1 +1,0 @@
-"""What the benchmarks share: the machine, the clock, the JSON files, the models and the data."""

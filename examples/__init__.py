@@ -1,1 +1,0 @@
-"""Scripts to be run as they are; the benchmarks import the networks and scenarios from here."""
