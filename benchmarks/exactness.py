@@ -1,30 +1,26 @@
 """How far the Fisher diagonal is from one-sample-at-a-time float64 autograd, for every model of the
 test table.
 
-python benchmarks/exactness.py [--json benchmarks/results/exactness.json]
+    PYTHONPATH=tests python -m benchmarks.exactness [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
 
+from benchmarks.lab.results import write
 from deepclean_hooks import fisher_diagonal
-from result_file import write
+from lab.cases import CASES
+from lab.reference import relative_error, squared_gradients
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
 SAMPLES = 7
 
 
 def main() -> None:
-    from lab.cases import CASES
-    from lab.reference import relative_error, squared_gradients
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """The paper's Figures 3 and 4 of our own run, as SVG: what each gamma selects, and how the network
 then behaves.
 
-    python benchmarks/gamma_auto.py --data-dir DATA --checkpoint resnet20.th   # measures
-    python benchmarks/figures.py                                               # draws
+    python -m benchmarks.gamma_auto --data-dir DATA --checkpoint resnet20.th   # measures
+    python -m benchmarks.figures                                                # draws
 
 Reads benchmarks/results/gamma_auto_cifar10.json and writes docs/figures: `gamma_selected_*.svg` and
 `gamma_accuracy_*.svg`, each with the numbers it shows as JSON beside it. Figures are means over the
@@ -12,15 +12,14 @@ seeds of the file.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab.results import RESULTS, ROOT, read, store
 from deepclean_hooks.report import plots
 
-ROOT = Path(__file__).resolve().parent.parent
-MEASURED = ROOT / "benchmarks" / "results" / "gamma_auto_cifar10.json"
+MEASURED = RESULTS / "gamma_auto_cifar10.json"
 FIGURES = ROOT / "docs" / "figures"
 SETS = ("forget", "retain", "test")
 
@@ -59,15 +58,14 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, default=MEASURED)
     parser.add_argument("--output", type=Path, default=FIGURES)
     given = parser.parse_args()
-    told = json.loads(given.measured.read_text(encoding="utf-8"))
+    told = read(given.measured)
     given.output.mkdir(parents=True, exist_ok=True)
     for scenario in dict.fromkeys(cell["scenario"] for cell in told["cells"]):
         sweep = mean_of([cell for cell in told["cells"] if cell["scenario"] == scenario])
         plots.selection(sweep, given.output / f"gamma_selected_{scenario}.svg")
         plots.behaviour(sweep, given.output / f"gamma_accuracy_{scenario}.svg")
         sweep |= {"setting": told["setting"], "versions": told["versions"]}
-        path = given.output / f"gamma_{scenario}.json"
-        path.write_text(json.dumps(sweep, indent=1) + "\n", encoding="utf-8")
+        store(given.output / f"gamma_{scenario}.json", sweep)
 
 
 if __name__ == "__main__":

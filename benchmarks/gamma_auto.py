@@ -1,7 +1,7 @@
 """gamma="auto" beside every fixed gamma: a trained ResNet-20 on CIFAR-10 forgets a class, or random
 samples.
 
-    python benchmarks/gamma_auto.py --data-dir DATA --checkpoint resnet20.th
+    python -m benchmarks.gamma_auto --data-dir DATA --checkpoint resnet20.th
 
 DATA is as in examples/forget_cifar10.py. The network was trained on all training images, so half of
 the test images serve as the validation data that choose gamma, and the other half judges. A
@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,17 @@ import torch
 from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
+from benchmarks.lab.data import images
+from benchmarks.lab.results import RESULTS, read, write
+from benchmarks.lab.timer import Timer
 from deepclean_hooks.tuning.gamma_auto import choose_gamma
 from deepclean_hooks.tuning.gamma_sweep import GAMMAS
-from result_file import write
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from cifar10 import cifar10, resnet20  # noqa: E402  # found by the line above
-from scenarios import Recipe  # noqa: E402
+from examples.cifar10 import resnet20
+from examples.scenarios import Recipe
 
 BATCH = 64
-COMMAND = "python benchmarks/gamma_auto.py --data-dir DATA --checkpoint resnet20.th"
-OUTPUT = ROOT / "benchmarks" / "results" / "gamma_auto_cifar10.json"
+COMMAND = "python -m benchmarks.gamma_auto --data-dir DATA --checkpoint resnet20.th"
+OUTPUT = RESULTS / "gamma_auto_cifar10.json"
 
 
 def arguments() -> argparse.Namespace:
@@ -62,7 +58,8 @@ def drawn(data: TensorDataset, where: torch.Tensor, count: int, seed: int) -> Te
 
 def sets(given: argparse.Namespace, scenario: str, seed: int) -> dict[str, TensorDataset]:
     """forget, retain, held_out, and test, which has none of a forgotten class; seed = its label."""
-    train, test = cifar10(given.data_dir)
+    data = images("cifar10", given.data_dir)
+    train, test = data.train, data.test
     labels, unseen = train.tensors[1], test.tensors[1]
     half = torch.arange(len(unseen)) % 2 == 0
     if scenario == "class":
@@ -90,16 +87,15 @@ def cell(given: argparse.Namespace, scenario: str, seed: int) -> dict[str, Any]:
     """Every fixed gamma and the one that "auto" takes, for one scenario and seed."""
     data, original = sets(given, scenario, seed), resnet20(given.checkpoint).eval()
     recipe = Recipe(given.epochs, BATCH, seed=seed)
-    start = time.perf_counter()
-    choice = choose_gamma(
-        original,
-        data["forget"],
-        data["retain"],
-        held_out=None if scenario == "class" else data["held_out"],
-        batch_size=BATCH,
-        progress=False,
-    )
-    spent = time.perf_counter() - start
+    with Timer().spent() as spent:
+        choice = choose_gamma(
+            original,
+            data["forget"],
+            data["retain"],
+            held_out=None if scenario == "class" else data["held_out"],
+            batch_size=BATCH,
+            progress=False,
+        )
     sweep = deepclean.gamma_sweep(
         original,
         data["forget"],
@@ -131,7 +127,7 @@ def cell(given: argparse.Namespace, scenario: str, seed: int) -> dict[str, Any]:
         "original": before,
         "aim": aim,
         "choice": choice.to_dict(),
-        "choice_seconds": spent,
+        "choice_seconds": spent[0],
         "entries": sweep.entries,
         "fixed": rows,
     }
@@ -162,7 +158,7 @@ def main() -> None:
     setting = {name: getattr(given, name) for name in ("forget", "retain", "judged", "epochs")}
     cells: list[dict[str, Any]] = []
     if given.output.exists():
-        stored = json.loads(given.output.read_text(encoding="utf-8"))
+        stored = read(given.output)
         cells = stored["cells"] if stored["setting"] == setting else []
     for seed in given.seeds:
         for scenario in ("random", "class"):

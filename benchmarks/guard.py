@@ -1,7 +1,7 @@
 """What holding the frozen entries costs: the time of a guarded training step over a plain one.
 
-    OMP_NUM_THREADS=1 python benchmarks/guard.py [--json FILE]
-    python benchmarks/guard.py --device cuda [--json FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.guard [--json FILE]
+    python -m benchmarks.guard --device cuda [--json FILE]
 
 Plain and guarded steps (forward, backward, optimizer step) are run in turn in one process; the
 ratio is the median over repeats of the quickest step of each. 10 % of the entries are free, and in
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fisher
+from benchmarks.lab.models import Network, of_device, resnet18, timm_model
+from benchmarks.lab.passes import MIB
+from benchmarks.lab.results import write
+from benchmarks.lab.timer import CPU, Timer, comparing
 from deepclean_hooks.guard.guard import Guard
-from fisher import ON_GPU, resnet18, timm_model
-from result_file import write
 
 FREE = 0.1
 COMPACT = (0.01, 0.05, 0.1, 0.2)
-MIB = 2**20
-# name: (how to build it, image size, batch size)
-MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "resnet18": (resnet18, 32, 64),
-    "vit_tiny": (timm_model("vit_tiny_patch16_224", img_size=64), 64, 8),
-    "vit_tiny, 224 pixels": (timm_model("vit_tiny_patch16_224"), 224, 8),
+MODELS = {
+    "resnet18": Network(resnet18, 32, 64),
+    "vit_tiny": Network(timm_model("vit_tiny_patch16_224", img_size=64), 64, 8),
+    "vit_tiny, 224 pixels": Network(timm_model("vit_tiny_patch16_224"), 224, 8),
 }
 Row = dict[str, Any]
 OPTIMIZERS = {"AdamW, fused": {"fused": True}, "AdamW, loop": {"foreach": False}}
 
 
 def quickest(
-    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, steps: int
+    timer: Timer, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, n: int
 ) -> float:
-    """Seconds of the quickest of some steps."""
+    """Seconds of the quickest of n steps."""
 
     def step() -> None:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return min(fisher.timed(step) for _ in range(steps))
+    return min(timer.seconds(step) for _ in range(n))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -66,28 +63,28 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def row(name: str, kind: str, share: float, compact: bool, settings: argparse.Namespace) -> Row:
     """The held step over the plain one; with `compact` by an optimizer of the free entries."""
-    models = MODELS if fisher.device.type == "cpu" else ON_GPU
-    model, ((x, y),), size = fisher.made(models, name, 1, models[name][2])
+    network, timer = of_device(settings.device, MODELS)[name], comparing(settings.device)
+    model, ((x, y),) = network.made(1, device=settings.device)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, **OPTIMIZERS[kind])
     free = {n: torch.rand(p.shape) < share for n, p in model.named_parameters() if p.dim() > 1}
-    quickest(model, optimizer, x, y, 2)
+    quickest(timer, model, optimizer, x, y, 2)
     ratios, plain, remembered = [], [], state_bytes(optimizer)
     for _ in range(settings.repeats):
-        before = quickest(model, optimizer, x, y, settings.steps)
+        before = quickest(timer, model, optimizer, x, y, settings.steps)
         with Guard(model, free, clear_optimizer_state=False) as guard:
             used = optimizer
             if compact:
                 used = torch.optim.AdamW(guard.compact().values(), lr=1e-5, **OPTIMIZERS[kind])
-            held = quickest(model, used, x, y, settings.steps)
+            held = quickest(timer, model, used, x, y, settings.steps)
             guard.check()
             remembered = state_bytes(used)
-        after = quickest(model, optimizer, x, y, settings.steps)
+        after = quickest(timer, model, optimizer, x, y, settings.steps)
         plain.append((before + after) / 2)
         ratios.append(held / plain[-1])
     return {
         "model": name,
-        "image": size,
+        "image": network.size,
         "batch": len(y),
         "optimizer": kind,
         "compact": compact,
@@ -106,15 +103,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--device", default=CPU, type=torch.device)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    fisher.device = options.device
-    if options.device.type == "cpu":
-        fisher.clock = time.process_time
-    models = options.models or (MODELS if options.device.type == "cpu" else ON_GPU)
     rows = []
-    for name, kind in itertools.product(models, OPTIMIZERS):
+    for name, kind in itertools.product(
+        options.models or of_device(options.device, MODELS), OPTIMIZERS
+    ):
         for share, compact in [(FREE, False), *((share, True) for share in COMPACT)]:
             rows.append(row(name, kind, share, compact, options))
             print(

@@ -1,6 +1,6 @@
 """Peak memory of the exact Fisher diagonal over that of a plain forward and backward.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py [--json FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.memory [--json FILE]
 
 Each is run in a process of its own; what counts is the peak above the process with the model and
 the batches loaded and the libraries warm: both ways have run on two samples before, because
@@ -16,24 +16,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.lab.models import ON_CPU
+from benchmarks.lab.passes import MIB, exact, plain
+from benchmarks.lab.processes import launch
+from benchmarks.lab.results import write
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.persample.engine import SquaredGradients
-from fisher import MODELS, exact, plain
-from result_file import write
-
-MIB = 2**20
 
 
 def peak() -> int:
@@ -64,13 +60,7 @@ def allocated(work: Callable[[], object]) -> int:
 
 def grown(name: str, what: str, where: str) -> None:
     """Prints by how many bytes the peak rises above the loaded model and batches."""
-    build, size, batch_size = MODELS[name]
-    torch.manual_seed(0)
-    model = build().eval()
-    batches = [
-        (torch.randn(batch_size, 3, size, size), torch.randint(0, 10, (batch_size,)))
-        for _ in range(3)
-    ]
+    model, batches = ON_CPU[name].made(3)
     with no_trace.no_trace(model):
         parameters = dict(model.named_parameters())
         few = [(x[:2], y[:2]) for x, y in batches[:1]]
@@ -94,14 +84,12 @@ def grown(name: str, what: str, where: str) -> None:
 
 
 def in_own_process(name: str, what: str, where: str) -> int:
-    command = [sys.executable, __file__, "--one", name, what, where]
-    returning = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=returning)
-    return int(ran.stdout.split()[-1])
+    returning = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    return int(launch("benchmarks.memory", "--one", name, what, where, **returning)[0])
 
 
 def row(name: str, repeats: int) -> dict[str, Any]:
-    entries = sum(p.numel() for p in MODELS[name][0]().parameters())
+    entries = sum(p.numel() for p in ON_CPU[name].build().parameters())
     found: dict[str, Any] = {"model": name, "entries": entries, "result_mib": 8 * entries / MIB}
     for where, times in (("torch", 1), ("process", repeats)):
         base, ours = (
@@ -118,7 +106,7 @@ def row(name: str, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(ON_CPU))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)

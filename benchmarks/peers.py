@@ -1,8 +1,8 @@
 """Other ways to the same diagonal, each as its own documentation says: timed, and compared with a
 one-sample loop.
 
-Run by `benchmarks/fisher.py --peers`. Every library is imported when its turn comes, so those that
-are not installed are rows with a reason:
+Run by `python -m benchmarks.fisher --peers`. Every library is imported when its turn comes, so
+those that are not installed are rows with a reason:
 
     pip install opacus backpack-for-pytorch nngeometry asdfghjkl
 """

@@ -1,6 +1,6 @@
 """What class projection costs in each layer: memory and time of its Gram matrices and projections.
 
-    OMP_NUM_THREADS=1 python benchmarks/projection.py [--models resnet18 ...] [--json FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.projection [--models resnet18 ...] [--json FILE]
 
 For each weight: the size D of its Gram matrices and how many there are (groups), the memory of one
 measurement in the float64 it is kept in, the time of the products a a^T of one batch, and that of
@@ -12,7 +12,6 @@ same batch stands beside the whole.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.lab.models import Network, resnet18, timm_model
+from benchmarks.lab.passes import MIB
+from benchmarks.lab.results import write
+from benchmarks.lab.timer import Timer
 from deepclean_hooks.measure.layer_inputs import Grams, LayerInputs
 from deepclean_hooks.methods import ClassProjection
 from deepclean_hooks.model import no_trace
-from fisher import resnet18, timm_model
-from result_file import write
 
-MIB = 2**20
-# name: (how to build it, image size, batch size)
-MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "resnet18": (resnet18, 32, 32),
-    "vit_tiny": (timm_model("vit_tiny_patch16_224", img_size=96), 96, 32),
+TIMER = Timer(processor=True)
+MODELS = {
+    "resnet18": Network(resnet18, 32, 32),
+    "vit_tiny": Network(timm_model("vit_tiny_patch16_224", img_size=96), 96, 32),
 }
 
 
@@ -43,32 +43,27 @@ class TimedGrams(Grams):
         self.seconds: dict[str, float] = {}
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-        start = time.process_time()
+        start = TIMER.now()
         super()._linear(input, weight, bias)
         self._note(weight, start)
 
     def _convolution(
         self, spatial: int, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any
     ) -> None:
-        start = time.process_time()
+        start = TIMER.now()
         super()._convolution(spatial, input, weight, *args, **kwargs)
         self._note(weight, start)
 
     def _note(self, weight: Tensor, start: float) -> None:
         name = self._name(weight)
         if name is not None:
-            spent = time.process_time() - start
+            spent = TIMER.now() - start
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
     """Of the quickest run."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return min(times)
+    return min(TIMER.seconds(run) for _ in range(repeats))
 
 
 def projected(rows: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
@@ -78,11 +73,10 @@ def projected(rows: Tensor, forget: Tensor, retain: Tensor) -> Tensor:
 
 
 def measured(name: str, repeats: int) -> dict[str, Any]:
-    build, size, batch_size = MODELS[name]
-    torch.manual_seed(0)
-    model = build().eval()
+    network = MODELS[name]
+    model, batches = network.made(2)
     weights = {n: p for n, p in model.named_parameters() if p.dim() >= 2}
-    sets = [torch.randn(batch_size, 3, size, size) for _ in range(2)]
+    sets = [x for x, _ in batches]
     with no_trace.no_trace(model), torch.no_grad():
         plain = seconds(lambda: model(sets[0]), repeats)
         kept, spent = [], []
@@ -113,8 +107,8 @@ def measured(name: str, repeats: int) -> dict[str, Any]:
         )
     return {
         "model": name,
-        "image": size,
-        "batch": batch_size,
+        "image": network.size,
+        "batch": network.batch,
         "forward_ms": 1000 * plain,
         "gram_mib": sum(layer["gram_mib"] for layer in layers),
         "gram_ms": sum(layer["gram_ms"] for layer in layers),

@@ -1,7 +1,7 @@
 """The full evaluation on CIFAR-10: a class or random samples, forgotten by several methods, beside
 models that were retrained without them.
 
-    python benchmarks/reports.py --data-dir DATA --cache FOLDER [--images 4000 --epochs 10]
+    python -m benchmarks.reports --data-dir DATA --cache FOLDER [--images 4000 --epochs 10]
 
 DATA is as in examples/forget_cifar10.py. Originals and retrained models are those of
 `benchmarks/paper_tables`, read from its cache or trained into it. Written to benchmarks/results:
@@ -20,8 +20,6 @@ import copy
 import dataclasses
 import json
 import statistics
-import sys
-import time
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -31,22 +29,20 @@ import torch
 from torch import nn
 
 import deepclean_hooks as deepclean
-import result_file
+from benchmarks.lab.data import Images
+from benchmarks.lab.results import RESULTS, write
+from benchmarks.lab.timer import Timer
+from benchmarks.paper_tables.models import GOLD_SEED, gold, original, scenario, untrained
+from benchmarks.paper_tables.recipes import fast, train
+from benchmarks.paper_tables.setups import Setup, setup
 from deepclean_hooks.measure.batch_mean import BatchMean
 from deepclean_hooks.metrics.gold import spreads
 from deepclean_hooks.metrics.pools import klom, margins, ulira
 from deepclean_hooks.metrics.relearn import relearn_steps
 from deepclean_hooks.report.report import Report
+from deepclean_hooks.report.rows import figures_of
 from deepclean_hooks.stored.files import written_whole
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-
-from paper_tables.data import Images  # noqa: E402  # found by the line above
-from paper_tables.models import GOLD_SEED, gold, original, scenario, untrained  # noqa: E402
-from paper_tables.recipes import fast, train  # noqa: E402
-from paper_tables.setups import Setup, setup  # noqa: E402
-from scenarios import Scenario  # noqa: E402
+from examples.scenarios import Scenario
 
 RELEARN = {"most": 60, "lr": 1e-3}  # steps, of 64 samples
 FIGURES = (
@@ -91,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=15, help="of training, with --images")
     parser.add_argument("--fine-tune-epochs", type=int, default=3)
     parser.add_argument("--train-only", action="store_true", help="fill the cache, judge nothing")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -242,8 +238,6 @@ def by_seed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def brief(told: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one evaluation for the JSON."""
-    from deepclean_hooks.report.rows import figures_of
-
     figures = {name: value for name, value in figures_of(told).items() if name in FIGURES}
     figures |= {name: one["value"] for name, one in told["distances"].items()}
     figures["average_gap"] = told["average_gap"]["value"]
@@ -267,11 +261,11 @@ def run(given: argparse.Namespace, one: Setup, name: str) -> None:
         before = judge.told(start, to_loss, steps)
         rows.setdefault("original", []).append({"seed": seed, **brief(before)})
         for label, method in methods(name, judge.sets.gamma, seed).items():
-            model, began = copy.deepcopy(start), time.perf_counter()
-            report = unlearned(judge, model, method, seed, given.fine_tune_epochs)
-            spent = time.perf_counter() - began
+            model = copy.deepcopy(start)
+            with Timer().spent() as spent:
+                report = unlearned(judge, model, method, seed, given.fine_tune_epochs)
             after = judge.told(model, to_loss, steps)
-            row = {"seed": seed, "settings": report.settings, "seconds": spent, **brief(after)}
+            row = {"seed": seed, "settings": report.settings, "seconds": spent[0], **brief(after)}
             row["selected_fraction"] = report.selected_fraction
             rows.setdefault(label, []).append(row)
             models.setdefault(label, []).append(model)
@@ -283,10 +277,10 @@ def run(given: argparse.Namespace, one: Setup, name: str) -> None:
             print(name, seed, label, json.dumps(row["figures"]), flush=True)
     assert page is not None
     found = {label: pools(judge, pool) for label, pool in models.items()}
-    write(given, one, name, judge, page, shown, rows, found)
+    write_page(given, one, name, judge, page, shown, rows, found)
 
 
-def write(
+def write_page(
     given: argparse.Namespace,
     one: Setup,
     name: str,
@@ -301,7 +295,7 @@ def write(
         page.scores["after"]["attacks"]["ulira"] = found[first]["ulira"]
         page.scores["after"]["klom"] = {"value": found[first]["klom"]["mean"]}
     told = {
-        "command": "python benchmarks/reports.py --data-dir DATA --cache FOLDER"
+        "command": "python -m benchmarks.reports --data-dir DATA --cache FOLDER"
         + (
             f" --images {given.images} --epochs {given.epochs} --network {given.network}"
             if given.images
@@ -315,9 +309,8 @@ def write(
         "rows": rows,
         "report": page.to_dict(),
     }
-    given.output.mkdir(parents=True, exist_ok=True)
     path = given.output / f"cifar10_{name}"
-    result_file.write(path.with_suffix(".json"), **told)
+    write(path.with_suffix(".json"), **told)
     path.with_suffix(".html").write_text(page.to_html(compared=shown), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """Peak memory of each process of a Fisher pass: one process, and two that share the model (FSDP2).
 
-    OMP_NUM_THREADS=1 python benchmarks/sharded.py [--json FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.sharded [--json FILE]
 
 What counts is the peak above what the process has before the model is built: weights, sums and all
 that is made on the way. The model is built layer by layer and sharded as it grows, as a model that
@@ -12,10 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +21,14 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import TensorDataset
 
+from benchmarks.lab.passes import MIB
+from benchmarks.lab.processes import launch
+from benchmarks.lab.results import write
+from benchmarks.lab.timer import Timer
+from benchmarks.memory import peak, resident
 from deepclean_hooks import fisher_diagonal
-from memory import MIB, peak, resident
-from result_file import write
 
 WIDTH, DEPTH, CLASSES, SAMPLES, BATCH = 2048, 24, 10, 32, 16
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def model(sharded: bool) -> nn.Module:
@@ -64,13 +62,12 @@ def worker(accumulate: str) -> None:
     made = model(world > 1)
     weights = peak() - before
     Path("/proc/self/clear_refs").write_text("5")
-    start = time.perf_counter()
-    found = fisher_diagonal(
-        made, data, batch_size=BATCH, accumulate=getattr(torch, accumulate), progress=False
-    )
-    seconds = time.perf_counter() - start
+    with Timer().spent() as seconds:
+        found = fisher_diagonal(
+            made, data, batch_size=BATCH, accumulate=getattr(torch, accumulate), progress=False
+        )
     total = sum(float(t.to_local().sum() if world > 1 else t.sum()) for t in found.sums.values())
-    result = {"peak": peak() - before, "model": weights, "seconds": seconds, "sum": total}
+    result = {"peak": peak() - before, "model": weights, "seconds": seconds[0], "sum": total}
     print(json.dumps({**result, "entries": sum(p.numel() for p in made.parameters())}))
     if world > 1:
         dist.barrier()
@@ -79,28 +76,10 @@ def worker(accumulate: str) -> None:
 
 def launched(world: int, accumulate: str) -> list[dict[str, Any]]:
     """What each of `world` processes printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     # What is freed goes back: glibc would keep it, and the peak be that of its fragments.
     glibc = {"MALLOC_MMAP_THRESHOLD_": str(2**18), "MALLOC_ARENA_MAX": "1"}
-    fixed = {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **glibc}
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--one", accumulate],
-            env={**os.environ, **fixed, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [one.communicate()[0] for one in running]
-    for one in running:
-        if one.returncode:
-            raise RuntimeError(f"a process of {world} ended with {one.returncode}")
-    return [json.loads(out.splitlines()[-1]) for out in outputs]
+    told = launch("benchmarks.sharded", "--one", accumulate, world=world, **glibc)
+    return [json.loads(line) for line in told]
 
 
 def row(accumulate: str) -> dict[str, Any]:

@@ -99,7 +99,12 @@ def resnet20(checkpoint: Path | None = None) -> ResNet:
     """ResNet-20, with the weights of a checkpoint file if one is given."""
     model = ResNet(20)
     if checkpoint is not None:
-        stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        state = stored.get("state_dict", stored)
-        model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+        model.load_state_dict(weights(checkpoint))
     return model
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint file, that of a model under DataParallel too."""
+    stored = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = stored.get("state_dict", stored)
+    return {name.removeprefix("module."): value for name, value in state.items()}

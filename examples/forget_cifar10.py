@@ -23,18 +23,9 @@ from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
 from cifar10 import CLASSES, cifar10, resnet20
-from scenarios import (
-    AGAINST_GOLD,
-    HOW_TO_READ,
-    Play,
-    Recipe,
-    Scenario,
-    class_scenario,
-    fit,
-    loader,
-    random_scenario,
-)
-from tables import table
+from play import AGAINST_GOLD, HOW_TO_READ, Play, columns
+from scenarios import Recipe, Scenario, class_scenario, fit, loader, random_scenario
+from text_table import table
 
 GAMMA = {"class": 2.0, "random": 1.1}  # the paper's
 
@@ -96,7 +87,7 @@ def main() -> None:
     game.row("original", model, None)
     report = game.unlearned(deepclean.DeepClean(gamma=scenario.gamma), recipe)
     game.fine_tuned(recipe)
-    print(f"\n{table(game.rows, scenario.columns())}\n\n{HOW_TO_READ}")
+    print(f"\n{table(game.rows, columns(scenario))}\n\n{HOW_TO_READ}")
     if options.gold:
         print(AGAINST_GOLD)
     if options.json:

@@ -20,11 +20,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
+from play import AGAINST_GOLD, HOW_TO_READ, Play, columns
 from scenarios import (
-    AGAINST_GOLD,
-    HOW_TO_READ,
     Data,
-    Play,
     Recipe,
     Scenario,
     class_scenario,
@@ -33,7 +31,7 @@ from scenarios import (
     random_scenario,
     stopwatch,
 )
-from tables import Row, table
+from text_table import Row, table
 
 SEED = 0
 BATCH = 64
@@ -118,7 +116,7 @@ def main() -> None:
         random_scenario(train, test, share=0.1, gamma=1.1, seed=SEED),
     ):
         rows = play(scenario, original, spent[0], options.epochs, tune)
-        print(f"\n{scenario.title}\n{table(rows, scenario.columns())}")
+        print(f"\n{scenario.title}\n{table(rows, columns(scenario))}")
         written[scenario.title] = rows
     print(f"\n{HOW_TO_READ} {AGAINST_GOLD}")
     if options.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,12 +11,12 @@ from torch import nn
 from torch.utils.data import Subset
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.stored.files import written_whole
-from scenarios import Data, Scenario
+from benchmarks.lab import results
+from benchmarks.lab.timer import comparing
+from examples.scenarios import Data, Scenario
 
 from .models import Trained, gold, original, scenario
 from .setups import Setup
-from .stopwatch import stopwatch
 
 EVALUATED = 500  # samples of a batch when judging
 MEASURED = 128  # samples of a batch when measuring
@@ -42,14 +41,16 @@ class Case:
         return original(self.setup, self.seed)
 
     @cached_property
-    def gold(self) -> Trained:
-        """The network that never saw the forget set."""
+    def gold(self) -> Trained | None:
+        """The network that never saw the forget set; None beside an original of unknown recipe."""
+        if self.setup.checkpoint is not None:
+            return None
         return gold(self.setup, self.scenario, self.seed)
 
     @cached_property
-    def gold_scores(self) -> deepclean.Evaluation:
+    def gold_scores(self) -> deepclean.Evaluation | None:
         """What the others are compared with."""
-        return self.judged(self.gold.model, against=None)
+        return None if self.gold is None else self.judged(self.gold.model, against=None)
 
     def copy(self) -> nn.Module:
         """The original, to be changed."""
@@ -64,21 +65,29 @@ class Case:
         )
 
     @cached_property
-    def retain_fisher(self) -> tuple[deepclean.FisherDiagonal, float]:
-        """The Fisher diagonal of D_r, every parameter, and the seconds that it took: measured once
-        and paid by each cell that reads it."""
-        path = self.setup.folder / f"fisher_{self.scenario}_{self.seed}.safetensors"
-        told = path.with_suffix(".json")
-        if not told.exists():
-            with stopwatch(self.setup.device) as seconds:
+    def stored_fisher(self) -> tuple[deepclean.FisherDiagonal, float]:
+        """The Fisher diagonal that cells read instead of measuring it, every parameter, and the
+        seconds that each of them pays for it.
+
+        Of D_r, measured once for the cells of a scenario and paid by each. Beside a checkpoint it
+        is that of the whole training set, as the owner of a model would store it: measured once,
+        whatever is to be forgotten, and paid by no cell.
+        """
+        whole = self.setup.checkpoint is not None
+        of = "train" if whole else f"{self.scenario}_{self.seed}"
+        data = self.setup.images.train if whole else self.sets.retain
+        path = self.setup.folder / f"fisher_{of}.safetensors"
+
+        def measure() -> dict[str, float]:
+            with comparing(self.setup.device).spent() as seconds:
                 fisher = deepclean.fisher_diagonal(
-                    self.original.model, self.sets.retain, batch_size=MEASURED, progress=False
+                    self.original.model, data, batch_size=MEASURED, progress=False
                 )
             fisher.save(path)
-            with written_whole(told) as temporary, open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"seconds": seconds[0]}, file)
-        stored = deepclean.FisherDiagonal.load(path, self.setup.device)
-        return stored, json.loads(told.read_text(encoding="utf-8"))["seconds"]
+            return {"seconds": seconds[0]}
+
+        seconds = results.kept(path.with_suffix(".json"), measure)["seconds"]
+        return deepclean.FisherDiagonal.load(path, self.setup.device), 0.0 if whole else seconds
 
     def few(self, data: Data, count: int) -> Subset[tuple[torch.Tensor, ...]]:
         """So many samples of a set, drawn by the seed."""

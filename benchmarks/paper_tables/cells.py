@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -13,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import deepclean_hooks as deepclean
-from deepclean_hooks.stored.files import written_whole
-from scenarios import Data, loader
+from benchmarks.lab import results
+from benchmarks.lab.timer import comparing
+from examples.scenarios import Data, loader
 
 from .cases import MEASURED, Case
 from .methods import Contender, contender
-from .stopwatch import stopwatch
 
 Row = dict[str, Any]
 BOUNDS = ("original", "gold")  # rows that no method makes
@@ -26,15 +25,7 @@ BOUNDS = ("original", "gold")  # rows that no method makes
 
 def cell(case: Case, name: str) -> Row:
     """The row: read if it was made before, else made and stored, whole or not at all."""
-    path = cell_file(case, name)
-    if path.exists():
-        found: Row = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    row = _row(case, name)
-    path.parent.mkdir(exist_ok=True)
-    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        json.dump(row, file, indent=1)
-    return row
+    return results.kept(cell_file(case, name), lambda: _row(case, name))
 
 
 def cell_file(case: Case, name: str) -> Path:
@@ -43,8 +34,11 @@ def cell_file(case: Case, name: str) -> Path:
 
 
 def _row(case: Case, name: str) -> Row:
+    gold = case.gold
     if name == "gold":
-        made: Row = {"model": case.gold.model, "seconds": case.gold.seconds}
+        if gold is None:
+            raise ValueError("there is no gold beside a checkpoint: its recipe is not known")
+        made: Row = {"model": gold.model, "seconds": gold.seconds}
     elif name == "original":
         made = {"model": case.original.model, "seconds": 0.0}
         made["training_seconds"] = case.original.seconds
@@ -53,7 +47,8 @@ def _row(case: Case, name: str) -> Row:
     model = made.pop("model")
     row = {"scenario": case.scenario, "method": name, "seed": case.seed}
     row |= _figures(case, model)
-    return {**row, "time_ratio": made["seconds"] / case.gold.seconds, **made}
+    ratio = None if gold is None else made["seconds"] / gold.seconds
+    return {**row, "time_ratio": ratio, **made}
 
 
 def _figures(case: Case, model: nn.Module) -> Row:
@@ -79,11 +74,12 @@ def _figures(case: Case, model: nn.Module) -> Row:
 def _unlearned(case: Case, row: Contender) -> Row:
     """The model that a method makes of the original, what it cost and how it was made."""
     torch.manual_seed(case.seed)
-    model, method = case.copy(), row.method(case)
+    model = case.copy()
     epochs = case.setup.fine_tune_epochs if row.epochs is None else row.epochs
-    paid = case.retain_fisher[1] if row.stored else 0.0
-    with warnings.catch_warnings(), stopwatch(case.setup.device) as seconds:
+    paid = case.stored_fisher[1] if row.stored else 0.0
+    with warnings.catch_warnings(), comparing(case.setup.device).spent() as seconds:
         warnings.simplefilter("ignore", UserWarning)  # they stand in the report
+        method = row.method(case)
         if row.later is not None:
             report, last = _in_rounds(case, row, model, epochs)
         elif method.own_training:
@@ -143,7 +139,7 @@ def _by_session(
         kept, gone = row.few(case)
         forget, retain = case.few(forget, gone), case.few(retain, kept)
     if row.stored and first:
-        run.measure(forget, case.retain_fisher[0])
+        run.measure(forget, case.stored_fisher[0])
         run.watch(retain=retain)
     else:
         run.measure(forget, retain)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
+from benchmarks.lab import results, timer
 from deepclean_hooks.metrics import entropy
 from deepclean_hooks.metrics.gold import AVERAGE_GAP
-from deepclean_hooks.report.report import versions
-from deepclean_hooks.stored.files import written_whole
 
-from . import stopwatch
 from .cells import BOUNDS, Row
 from .methods import CONTENDERS
-from .setups import Setup
+from .setups import Setup, usual_epochs
 
 FIGURES = (
     "acc_dr",
@@ -35,6 +31,7 @@ FIGURES = (
     "selected_fraction",
     "dead_fraction",
 )
+WORST = {"acc_dr": min, "acc_df": max, "acc_test": min, "acc_df_test": max}
 DEFINITIONS = {
     "acc_*": "accuracy in per cent on D_r, D_f and the test set; for a class the test set without "
     "it (acc_test) and its test samples (acc_df_test)",
@@ -47,8 +44,9 @@ DEFINITIONS = {
     "mia_confidence": "100 minus the per cent of D_f that an SVC on the true class's probability "
     "calls members",
     "average_gap": AVERAGE_GAP,
-    "seconds": f"{stopwatch.MEANING}: measuring, changing and training; not judging. Where the "
-    "Fisher diagonal of D_r was measured once for several rows, each row pays for it",
+    "seconds": f"{timer.MEANING}: measuring, changing and training; not judging. Where the "
+    "Fisher diagonal of D_r was measured once for several rows, each row pays for it; beside a "
+    "checkpoint that of the whole training set was measured once, and no row pays for it",
     "time_ratio": "seconds divided by those of training the gold of the same scenario and seed",
     "selected_fraction": "of all trainable entries, 0 to 1",
     "dead_fraction": "of the selected entries, 0 to 1: gradient exactly 0 on D_r, for ever",
@@ -57,10 +55,7 @@ DEFINITIONS = {
 
 def rows(setup: Setup) -> list[Row]:
     """The rows of all cells that are done: by seed, scenario, and the tables' order of methods."""
-    found = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((setup.folder / "cells").glob("*.json"))
-    ]
+    found = [results.read(path) for path in sorted((setup.folder / "cells").glob("*.json"))]
     order = {name: at for at, name in enumerate(("gold", "original", *CONTENDERS))}
 
     def place(row: Row) -> tuple[int, str, int, str]:
@@ -93,6 +88,24 @@ def _statistics(rows: list[Row]) -> dict[str, Any]:
     return told
 
 
+def over_classes(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """By method and figure: mean, standard deviation and worst over the classes that were forgotten
+    in turn, and over the seeds; empty where there is no more than one class."""
+    own = [row for row in rows if row["scenario"].startswith("class-")]
+    if len({row["scenario"] for row in own}) < 2:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(row["method"] for row in own):
+        its = [row for row in own if row["method"] == method]
+        found[method] = {"cells": len(its)}
+        for name, told in _statistics(its).items():
+            if name in WORST:
+                told["worst"] = WORST[name](row[name] for row in its if row[name] is not None)
+            if name != "seeds":
+                found[method][name] = told
+    return found
+
+
 def gold_to_gold(rows: list[Row]) -> dict[str, dict[str, float]]:
     """By scenario and figure: the largest difference between the golds of two seeds; where random
     samples are forgotten these differ in their forget sets too."""
@@ -107,13 +120,9 @@ def gold_to_gold(rows: list[Row]) -> dict[str, dict[str, float]]:
     return found
 
 
-def origin(setup: Setup, machine: dict[str, object]) -> dict[str, Any]:
+def origin(setup: Setup) -> dict[str, Any]:
     """The machine and the versions of the first run that filled this cache."""
-    path = setup.folder / "origin.json"
-    if not path.exists():
-        write({"machine": machine, "versions": versions()}, path)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return results.kept(setup.folder / "origin.json", results.origin)
 
 
 def command(setup: Setup, rows: list[Row]) -> str:
@@ -122,30 +131,37 @@ def command(setup: Setup, rows: list[Row]) -> str:
     words += ["--data", setup.data, "--network", setup.network, "--recipe", setup.recipe.name]
     if setup.data_dir is not None:
         words += ["--data-dir", "DATA"]
+    if setup.checkpoint is not None:
+        words += ["--checkpoint", setup.checkpoint.name]
+    if setup.fine_tune_epochs != usual_epochs(setup.data):
+        words += ["--epochs", str(setup.fine_tune_epochs)]
+    words += _scenarios(rows)
     words += ["--seeds", *dict.fromkeys(str(row["seed"]) for row in rows)]
     methods = dict.fromkeys(row["method"] for row in rows if row["method"] not in BOUNDS)
     return " ".join([*words, "--methods", *methods, "--device", setup.device])
 
 
-def collected(setup: Setup, machine: dict[str, object]) -> dict[str, Any]:
+def _scenarios(rows: list[Row]) -> list[str]:
+    """The options that name the scenarios of the rows; none for the usual two."""
+    labels = {r["scenario"].partition("-")[2]: "class" for r in rows if "-" in r["scenario"]}
+    kinds = dict.fromkeys(r["scenario"].partition("-")[0] for r in rows)
+    words = [] if set(kinds) == {"random", "class"} else ["--scenarios", *kinds]
+    return [*words, "--classes", *labels] if labels else words
+
+
+def collected(setup: Setup) -> dict[str, Any]:
     """What is written down of a setup."""
     found = rows(setup)
-    made = origin(setup, machine)
-    return {
+    made, over = origin(setup), over_classes(found)
+    apart = [r for r in found if not (over and r["scenario"].startswith("class-"))]
+    told: dict[str, Any] = {
         "machine": made["machine"],
         "command": command(setup, found),
         "versions": made["versions"],
         "setting": setup.settings(),
         "definitions": DEFINITIONS,
         "rows": found,
-        "summary": summary(found),
+        "summary": summary(apart),
         "gold_to_gold": gold_to_gold(found),
     }
-
-
-def write(told: dict[str, Any], path: Path) -> None:
-    """Writes the JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(told, indent=1) + "\n")
-    path.chmod(0o644)  # a temporary file is its owner's alone
+    return {**told, "over_classes": over} if over else told

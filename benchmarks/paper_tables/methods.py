@@ -31,9 +31,10 @@ from deepclean_hooks import (
     RandomLabel,
     SalUn,
 )
+from deepclean_hooks.tuning.projection import search
 
-from .cases import Case
-from .setups import FORGOTTEN_CLASS, SCENARIOS
+from .cases import MEASURED, Case
+from .setups import SCENARIOS, forgotten_class
 from .variants import (
     AllFree,
     Dampened,
@@ -63,9 +64,9 @@ class Optimizer:
 class Contender:
     """One row of the tables.
 
-    `epochs`: None is the setup's. `stored`: whether the diagonal of D_r that was measured once
-    serves. `few`: how many retain and forget samples are measured, None is all. `later`: the method
-    of the rounds after the first, one an epoch, where there are rounds.
+    `epochs`: None is the setup's. `stored`: whether the diagonal that was measured once serves.
+    `few`: how many retain and forget samples are measured, None is all. `later`: the method of the
+    rounds after the first, one an epoch, where there are rounds.
     """
 
     method: Callable[[Case], Method]
@@ -75,6 +76,10 @@ class Contender:
     few: Callable[[Case], tuple[int, int]] | None = None
     later: Callable[[Case], Method] | None = None
     scenarios: tuple[str, ...] = SCENARIOS
+
+    def serves(self, scenario: str) -> bool:
+        """Whether the method is made for the scenario."""
+        return scenario.partition("-")[0] in self.scenarios
 
 
 def _gamma(case: Case) -> float:
@@ -86,13 +91,20 @@ def _classes(case: Case) -> int:
 
 
 def _fisher_forgetting(case: Case) -> Method:
-    forgotten = FORGOTTEN_CLASS if case.scenario == "class" else None
-    return FisherForgetting(_classes(case), forgotten_class=forgotten, seed=case.seed)
+    label = forgotten_class(case.scenario)
+    return FisherForgetting(_classes(case), forgotten_class=label, seed=case.seed)
 
 
 def _few_for_projection(case: Case) -> tuple[int, int]:
     """What Kodge et al. take on CIFAR-10: 900 of each side."""
     return 100 * (_classes(case) - 1), 900
+
+
+def _searched_projection(case: Case) -> Method:
+    """The alphas that score best on the samples that the projection is computed from."""
+    kept, gone = _few_for_projection(case)
+    sets = case.few(case.sets.forget, gone), case.few(case.sets.retain, kept)
+    return search(case.copy(), *sets, batch_size=MEASURED, progress=False)[0].method
 
 
 def _few_for_expected_fisher(case: Case) -> tuple[int, int]:
@@ -179,7 +191,17 @@ ABLATIONS: dict[str, Contender] = {
     ),
 }
 
-CONTENDERS = {**MAIN, **MORE, **ABLATIONS}
+# Run where they are asked for by name.
+ASKED: dict[str, Contender] = {
+    # In the order of SSD's own code: the retain set, then the forget set.
+    "ssd-in-order": Contender(lambda case: SSD(estimator=BatchMean(batch_size=64))),
+    "class-projection-all": Contender(lambda case: ClassProjection(), scenarios=("class",)),
+    "class-projection-searched": Contender(
+        _searched_projection, few=_few_for_projection, scenarios=("class",)
+    ),
+}
+
+CONTENDERS = {**MAIN, **MORE, **ABLATIONS, **ASKED}
 # What the plot of cost against gap has at other budgets.
 BUDGETED = ("fine-tune", "deepclean", "all-free", "l1-sparse", "salun")
 AT = "@"

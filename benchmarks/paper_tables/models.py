@@ -1,8 +1,8 @@
 """Originals and golds, trained once and kept: `original(setup, seed)`, `gold(setup, ...)`.
 
 from pathlib import Path
-from paper_tables.models import gold, original, scenario   # with benchmarks/ on the path
-from paper_tables.setups import setup
+from benchmarks.paper_tables.models import gold, original, scenario
+from benchmarks.paper_tables.setups import setup
 
 small = setup("small", "cifar10", data_dir=DATA, cache=Path("cache"))
 trained = original(small, seed=0)            # trains, or reads what was trained before
@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from benchmarks.lab.timer import comparing
 from deepclean_hooks.stored.files import written_whole
-from scenarios import Scenario, class_scenario, random_scenario
+from examples.cifar10 import weights
+from examples.scenarios import Scenario, class_scenario, random_scenario
 
 from .networks import network
 from .recipes import train
-from .setups import FORGOTTEN_CLASS, SCENARIOS, SHARES, Setup
-from .stopwatch import stopwatch
+from .setups import SHARES, Setup, forgotten_class
 
 GAMMA = {"class": 2.0, "random": 1.1, "percent": 1.1}  # the paper's; 1 % is no case of theirs
 # A gold starts from other initial values, and sees other batches, than the original of its seed.
@@ -42,24 +43,32 @@ class Trained:
 
 
 def scenario(setup: Setup, name: str, seed: int) -> Scenario:
-    """What to forget, "class", "random" or "percent" (drawn by the seed), and the sets to judge
-    by."""
-    data = setup.images
-    if name == "class":
-        return class_scenario(data.train, data.test, FORGOTTEN_CLASS, GAMMA[name])
-    if name in SHARES:
-        return random_scenario(data.train, data.test, SHARES[name], GAMMA[name], seed)
-    raise ValueError(f"scenario must be one of {', '.join(SCENARIOS)}, got {name!r}")
+    """What to forget and the sets to judge by: "class", "class-LABEL", or, drawn by the seed,
+    "random" or "percent"."""
+    label, data = forgotten_class(name), setup.images
+    if label is not None:
+        return class_scenario(data.train, data.test, label, GAMMA["class"])
+    return random_scenario(data.train, data.test, SHARES[name], GAMMA[name], seed)
 
 
 def original(setup: Setup, seed: int) -> Trained:
-    """The network trained on the whole training set; the same for both scenarios."""
+    """The network trained on the whole training set, by us or, with a checkpoint, by others; the
+    same for all scenarios."""
+    if setup.checkpoint is not None:
+        model = untrained(setup, seed)
+        model.load_state_dict(weights(setup.checkpoint))
+        return Trained(model.eval(), 0.0)
     path = setup.folder / f"original_{seed}.pt"
     return _kept(setup, path, setup.images.train, seed)
 
 
 def gold(setup: Setup, name: str, seed: int) -> Trained:
-    """The network that never saw the forget set of a scenario, trained by the same recipe."""
+    """The network that never saw the forget set of a scenario, trained by the same recipe.
+
+    Raises ValueError for a setup with a checkpoint, whose recipe is not known.
+    """
+    if setup.checkpoint is not None:
+        raise ValueError(f"no gold is made for {setup.checkpoint.name}: its recipe is not known")
     path = setup.folder / f"gold_{name}_{seed}.pt"
     return _kept(setup, path, scenario(setup, name, seed).retain, GOLD_SEED + seed)
 
@@ -74,7 +83,7 @@ def _kept(setup: Setup, path: Path, data: Dataset[tuple[torch.Tensor, ...]], see
     killed leaves no half of a file."""
     model = untrained(setup, seed)
     if not path.exists():
-        with stopwatch(setup.device) as seconds:
+        with comparing(setup.device).spent() as seconds:
             train(model, data, setup.images.kind, setup.recipe, seed)
         stored = {"state": model.state_dict(), "seconds": seconds[0]}
         with written_whole(path) as temporary:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cifar10 import ResNet
-
-from .data import Kind
+from benchmarks.lab.data import Kind
+from benchmarks.lab.models import resnet18
+from examples.cifar10 import ResNet
 
 SMALL = {
     "resnet8-narrow": (8, (8, 16, 32)),
@@ -26,7 +26,7 @@ def network(name: str, kind: Kind, *, seed: int) -> nn.Module:
         if name in SMALL:
             return _small(name, kind)
         if name == "resnet18":
-            return _resnet18(kind)
+            return resnet18(kind.channels, kind.classes)
         if name == "vgg16":
             return _vgg16(kind)
         if name == "conv4":
@@ -40,16 +40,6 @@ def _small(name: str, kind: Kind) -> nn.Module:
     model = ResNet(depth, widths)
     model.conv1 = nn.Conv2d(kind.channels, widths[0], 3, 1, 1, bias=False)
     model.linear = nn.Linear(widths[-1], kind.classes)
-    return model
-
-
-def _resnet18(kind: Kind) -> nn.Module:
-    """With the stem that is usual for 32 x 32: one 3 x 3 convolution, no pooling."""
-    from torchvision.models import resnet18
-
-    model = resnet18(num_classes=kind.classes)
-    model.conv1 = nn.Conv2d(kind.channels, 64, 3, 1, 1, bias=False)
-    model.maxpool = nn.Identity()
     return model
 
 

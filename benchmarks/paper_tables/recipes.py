@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, OneCycleLR
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from benchmarks.lab.data import Kind
+
 from .augment import cropped
-from .data import Kind
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,24 @@ from typing import Any
 
 from torch.utils.data import TensorDataset
 
-from .data import KINDS, Images, images
+from benchmarks.lab.data import KINDS, Images, images
+
 from .recipes import PAPER, Recipe, fast
 
 FORGOTTEN_CLASS = 0  # the paper's
 SHARES = {"random": 0.1, "percent": 0.01}  # of the training samples, forgotten at random
-SCENARIOS = ("class", *SHARES)
+SCENARIOS = ("class", *SHARES)  # "class-3" is "class" with another label
+
+
+def forgotten_class(scenario: str) -> int | None:
+    """The label that a scenario forgets; None for random samples."""
+    if scenario in SHARES:
+        return None
+    kind, dash, label = scenario.partition("-")
+    if kind == "class" and (not dash or label.isdigit()):
+        return int(label or FORGOTTEN_CLASS)
+    known = ", ".join(SCENARIOS)
+    raise ValueError(f"scenario must be one of {known} or class-LABEL, got {scenario!r}")
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,8 @@ class Setup:
     """A data set, a network and a recipe, and where what is trained and measured is kept.
 
     `train_images`, `test_images`: the first so many (None: all). `fine_tune_epochs`,
-    `fine_tune_batch`: what every method that trains is given.
+    `fine_tune_batch`: what every method that trains is given. `checkpoint`: the weights of the
+    original, which is trained where there are none; without its training no gold can be made.
     """
 
     scale: str
@@ -36,12 +49,14 @@ class Setup:
     fine_tune_batch: int
     train_images: int | None
     test_images: int | None
+    checkpoint: Path | None = None
     data_dir: Path | None = field(default=None, compare=False)
     cache: Path = field(default=Path("build/paper_tables"), compare=False)
     device: str = field(default="cpu", compare=False)
 
     def settings(self) -> dict[str, Any]:
         """What decides the figures, for the JSON: everything but folders and the device."""
+        given = self.checkpoint and {"checkpoint": self._checkpoint, "recipe": None}
         return {
             "scale": self.scale,
             "data": self.data,
@@ -53,7 +68,15 @@ class Setup:
             "test_images": self.test_images,
             "forgotten_class": FORGOTTEN_CLASS,
             "random_share": SHARES["random"],
+            **(given or {}),
         }
+
+    @cached_property
+    def _checkpoint(self) -> dict[str, str]:
+        """The checkpoint by its name and its content, whatever folder it lies in."""
+        assert self.checkpoint is not None
+        content = hashlib.sha256(self.checkpoint.read_bytes()).hexdigest()
+        return {"name": self.checkpoint.name, "sha256": content}
 
     @property
     def folder(self) -> Path:
@@ -128,6 +151,8 @@ def setup(
     network: str | None = None,
     recipe: str | None = None,
     *,
+    epochs: int | None = None,
+    checkpoint: Path | None = None,
     data_dir: Path | None = None,
     cache: Path = Path("build/paper_tables"),
     device: str = "cpu",
@@ -147,14 +172,20 @@ def setup(
         data=data,
         network=network or chosen.network,
         recipe=_recipe(kind, scale, data),
-        fine_tune_epochs=1 if data == "mnist" else 3,  # the paper's
+        fine_tune_epochs=epochs or usual_epochs(data),
         fine_tune_batch=128 if scale == "full" else 64,  # not stated in the paper
         train_images=chosen.train_images.get(data),
         test_images=chosen.test_images,
+        checkpoint=checkpoint,
         data_dir=data_dir,
         cache=cache,
         device=device,
     )
+
+
+def usual_epochs(data: str) -> int:
+    """What the paper fine-tunes for on a data set."""
+    return 1 if data == "mnist" else 3
 
 
 def _recipe(kind: str, scale: str, data: str) -> Recipe:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .methods import ABLATIONS, AT, BUDGETED, MAIN, MORE
+from .methods import ABLATIONS, ASKED, AT, BUDGETED, MAIN, MORE
 
 Summary = dict[str, Any]
 TITLES = {
     "random": "10 % of the training samples at random",
     "percent": "1 % of the training samples at random",
     "class": "one class (label 0)",
+}
+OVER_CLASSES = {
+    "acc_dr": "Acc D_r",
+    "acc_df": "Acc D_f",
+    "acc_test": "Acc test, other classes",
+    "acc_df_test": "Acc test, the class",
 }
 COLUMNS = {
     "acc_dr": ("Acc D_r", ".1f"),
@@ -32,14 +38,17 @@ BOLD = "deepclean"
 
 
 def tables(told: dict[str, Any]) -> str:
-    """Both scenarios of one file: the tables, the ablations, and what golds differ by."""
+    """Every scenario of one file: the tables, the ablations, and what golds differ by; classes that
+    were forgotten in turn in one table."""
     parts = []
-    for scenario, title in TITLES.items():
-        found = told["summary"].get(scenario)
-        if not found:
-            continue
-        parts.append(f"### Forgetting {title}\n\n{_gold_line(told, scenario)}")
-        parts.append(table(found, ["gold", "original", *MAIN, *MORE]))
+    if "over_classes" in told:
+        parts.append(f"### Forgetting each class in turn\n\n{over_classes(told['over_classes'])}")
+    for scenario in sorted(told["summary"], key=[*TITLES, *told["summary"]].index):
+        found = told["summary"][scenario]
+        title = TITLES.get(scenario) or scenario.replace("-", " ")
+        golds = [_gold_line(told, scenario)] if "gold" in found else []
+        parts.append("\n\n".join([f"### Forgetting {title}", *golds]))
+        parts.append(table(found, ["gold", "original", *MAIN, *MORE, *ASKED]))
         changed = [name for name in found if name in ABLATIONS or AT in name]
         if changed:
             parts.append("DeepClean with one thing changed, and other budgets (`@` epochs):")
@@ -58,6 +67,22 @@ def table(found: dict[str, Summary], methods: Sequence[str]) -> str:
         bold = f"**{name}**" if name == BOLD else name
         cells = [_cell(found[name].get(k), k, form) for k, (_, form) in columns.items()]
         lines.append(f"| {bold} | {found[name]['seeds']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def over_classes(found: dict[str, Summary]) -> str:
+    """Mean ± standard deviation over the classes, and the worst class."""
+    titles = [cell for title in OVER_CLASSES.values() for cell in (title, "worst")]
+    lines = ["| method | classes | " + " | ".join(titles) + " | s |"]
+    lines.append("| --- | --: |" + " --: |" * (len(titles) + 1))
+    for name, figures in found.items():
+        bold = f"**{name}**" if name == BOLD else name
+        cells = []
+        for key in OVER_CLASSES:
+            figure = figures[key]
+            cells += [_cell(figure, key, ".1f"), f"{figure['worst']:.1f}"]
+        seconds = _cell(figures.get("seconds"), "seconds", ".0f")
+        lines.append(f"| {bold} | {figures['cells']} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines)
 
 

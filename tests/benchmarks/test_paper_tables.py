@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from benchmarks.lab.data import KINDS, images
 from benchmarks.paper_tables.augment import cropped
 from benchmarks.paper_tables.cases import Case
 from benchmarks.paper_tables.cells import BOUNDS, cell, cell_file
 from benchmarks.paper_tables.collect import gold_to_gold, summary
-from benchmarks.paper_tables.data import KINDS, images
 from benchmarks.paper_tables.methods import MAIN, MORE, contender
 from benchmarks.paper_tables.models import gold, original
 from benchmarks.paper_tables.networks import NETWORKS, network
@@ -38,7 +38,8 @@ from deepclean_hooks import DeepClean, FisherDiagonal
 from deepclean_hooks.testing import check_method
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("paper_tables_*.json"))
+PLACED = ("paper_tables_*.json", "*_all_classes.json", "*_random_methods.json")
+RESULTS = [path for name in PLACED for path in (ROOT / "benchmarks" / "results").glob(name)]
 
 
 def diagonal(**sums: list[list[float]] | list[float]) -> FisherDiagonal:

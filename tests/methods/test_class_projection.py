@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import deepclean_hooks as deepclean
+from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs, SampledPatches
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.stored.bits import differing
@@ -208,17 +210,8 @@ def test_equals_the_decomposition_of_stored_activations(
 
 def grams(kind: str, data: TensorDataset, how: LayerInputs, batch_size: int = 7) -> InputGrams:
     """The Gram matrices of a set."""
-    from deepclean_hooks.data.losses import cross_entropy
-    from deepclean_hooks.data.samples import samples_of
-
-    return how(
-        build(kind),
-        samples_of(data, batch_size=batch_size),
-        loss_fn=cross_entropy,
-        parameters=lambda n, p: p.dim() > 1,
-        name="data",
-        progress=False,
-    )
+    source = samples_of(data, batch_size=batch_size)
+    return how(Request(build(kind), source, parameters=lambda n, p: p.dim() > 1))
 
 
 def test_sums_add_up_and_are_stored(tmp_path: object) -> None:

@@ -1,7 +1,7 @@
 """What a second request costs when the diagonal of the whole training set was stored: a walk over
 its own samples.
 
-    OMP_NUM_THREADS=1 python benchmarks/requests.py --data-dir DATA --checkpoint resnet20.th
+    OMP_NUM_THREADS=1 python -m benchmarks.later_requests --data-dir DATA --checkpoint resnet20.th
 
 DATA is as in examples/forget_cifar10.py. The first request measures D_f and D_r of CIFAR-10 with a
 trained ResNet-20; the later ones (10 % drawn at random, a class, 50 samples) measure D_f and
@@ -14,8 +14,6 @@ D_r measured anew, at gamma 1.1 and 2. Seconds are processor seconds of the sess
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,14 +23,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import deepclean_hooks as deepclean
+from benchmarks.lab.data import images
+from benchmarks.lab.results import write
+from benchmarks.lab.timer import Timer
 from deepclean_hooks.measure.fisher import fisher_diagonal
 from deepclean_hooks.methods import DeepClean
-from result_file import write
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-from cifar10 import cifar10, resnet20  # noqa: E402  # found by the line above
+from examples.cifar10 import resnet20
 
 GAMMAS = (1.1, 2.0)
 BATCH = 128
@@ -51,11 +47,11 @@ def measured(model: nn.Module, forget: Any, retain: Any, gamma: float = 2.0) -> 
 
 def cost(model: nn.Module, forget: Any, retain: Any, repeats: int = 1) -> tuple[float, float]:
     """Processor and wall seconds of a request."""
-    seconds, wall = [], []
+    timer, seconds, wall = Timer(processor=True), [], []
     for _ in range(repeats):
-        start = time.process_time()
-        wall.append(measured(model, forget, retain).report.seconds["fisher"])
-        seconds.append(time.process_time() - start)
+        with timer.spent() as spent:
+            wall.append(measured(model, forget, retain).report.seconds["fisher"])
+        seconds += spent
     return min(seconds), min(wall)
 
 
@@ -92,7 +88,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    data, _ = cifar10(options.data_dir, limit=options.images)
+    data = images("cifar10", options.data_dir, train=options.images).train
     labels = data.tensors[1]
     model = resnet20(options.checkpoint)
     generator = torch.Generator().manual_seed(0)

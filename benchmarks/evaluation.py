@@ -1,7 +1,7 @@
 """What an evaluation costs: its time over that of plain forward passes over the same images.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluate.py [--images 60000] [--model resnet18]
-    OMP_NUM_THREADS=1 python benchmarks/evaluate.py --data-dir DATA --checkpoint resnet20.th
+    OMP_NUM_THREADS=1 python -m benchmarks.evaluation [--images 60000] [--model resnet18]
+    OMP_NUM_THREADS=1 python -m benchmarks.evaluation --data-dir DATA --checkpoint resnet20.th
 
 Both are run in turn in one process with the same loaders; the ratio is the median over repeats,
 with the smallest and the largest beside it. The images, random or those of CIFAR-10 (DATA as in
@@ -14,61 +14,34 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.lab.data import images as read_images
+from benchmarks.lab.models import resnet18, small_cnn
+from benchmarks.lab.results import write
+from benchmarks.lab.timer import Timer
 from deepclean_hooks import evaluate
-from result_file import write
+from examples.cifar10 import resnet20
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from cifar10 import cifar10, resnet20  # found by the line above
-
-CLASSES = 10
 Loaders = dict[str, DataLoader[tuple[torch.Tensor, ...]]]
-
-
-def small() -> nn.Module:
-    """A network of 20 million multiplications an image, half of a ResNet-20's."""
-    blocks: list[nn.Module] = []
-    for inputs, outputs, stride in ((3, 32, 1), (32, 32, 1), (32, 64, 2), (64, 64, 1)):
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        blocks += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
-
-
-def resnet18() -> nn.Module:
-    """The CIFAR form of torchvision's."""
-    import torchvision
-
-    model = torchvision.models.resnet18(num_classes=CLASSES)
-    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"small": small, "resnet18": resnet18}
+MODELS = {"small": small_cnn, "resnet18": resnet18}
 
 
 def drawn(images: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images, 3, 32, 32, generator=generator)
-    return x, torch.randint(CLASSES, (images,), generator=generator)
+    return x, torch.randint(10, (images,), generator=generator)
 
 
 def real(data_dir: Path, images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The training images and, as the last sixth, the test images."""
-    train, test = cifar10(data_dir)
     kept = images * 5 // 6
-    parts = [
-        (one[:kept], other[: images - kept])
-        for one, other in zip(train.tensors, test.tensors, strict=True)
-    ]
+    data = read_images("cifar10", data_dir, train=kept, test=images - kept)
+    parts = zip(data.train.tensors, data.test.tensors, strict=True)
     x, y = (torch.cat(pair) for pair in parts)
     return x, y
 
@@ -89,12 +62,6 @@ def plain(model: nn.Module, sets: Loaders, device: torch.device) -> None:
         for loader in sets.values():
             for images, _ in loader:
                 model(images.to(device)).cpu()
-
-
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -120,6 +87,7 @@ def main() -> None:
     warm = loaders(*(one[-600:] for one in images), given.batch_size)
     plain(model, warm, device)
     evaluate(model, **warm, probe=True, progress=False)
+    seconds = Timer(device).seconds
     pairs = [
         (seconds(lambda: plain(model, sets, device)), seconds(scored)) for _ in range(given.repeats)
     ]

@@ -1,6 +1,6 @@
 """Writes the tables of docs/performance.md anew from the JSON files in benchmarks/results.
 
-    python benchmarks/performance.py
+    python -m benchmarks.pages
 
 A table stands between `<!-- table: name -->` and `<!-- end -->`; one without its JSON file, or
 without these marks, is left as it is.
@@ -8,14 +8,14 @@ without these marks, is left as it is.
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+from benchmarks.lab.results import RESULTS, ROOT, read
+
+PAGE = ROOT / "docs" / "performance.md"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -122,11 +122,11 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     page = PAGE.read_text(encoding="utf-8")
     for name, (file, written) in TABLES.items():
         if (RESULTS / file).exists():
-            told = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-            block = f"<!-- table: {name} -->\n{written(told)}\n<!-- end -->"
+            block = f"<!-- table: {name} -->\n{written(read(RESULTS / file))}\n<!-- end -->"
             pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
             page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
             print(f"{name}: {'written' if count else 'has no place in the page'}")
