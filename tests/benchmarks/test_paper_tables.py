@@ -24,7 +24,7 @@ from benchmarks.paper_tables.models import gold, original
 from benchmarks.paper_tables.networks import NETWORKS, network
 from benchmarks.paper_tables.recipes import PAPER, Recipe, _schedule, train
 from benchmarks.paper_tables.setups import setup
-from benchmarks.paper_tables.tables import placed, table, tables
+from benchmarks.paper_tables.tables import placed, table
 from benchmarks.paper_tables.variants import (
     AllFree,
     Dampened,
@@ -38,8 +38,6 @@ from deepclean_hooks import DeepClean, FisherDiagonal
 from deepclean_hooks.testing import check_method
 
 ROOT = Path(__file__).resolve().parents[2]
-PLACED = ("paper_tables_*.json", "*_all_classes.json", "*_random_methods.json")
-RESULTS = [path for name in PLACED for path in (ROOT / "benchmarks" / "results").glob(name)]
 
 
 def diagonal(**sums: list[list[float]] | list[float]) -> FisherDiagonal:
@@ -250,14 +248,6 @@ def test_placed_keeps_the_prose() -> None:
     assert placed(new, "x", "new") == new
     with pytest.raises(ValueError, match="no place"):
         placed("nothing", "x", "new")
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_the_page_shows_what_the_file_holds(path: Path) -> None:
-    """Fails if docs/results.md was edited by hand, or a file was collected again without it."""
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    told = json.loads(path.read_text(encoding="utf-8"))
-    assert placed(page, path.stem, tables(told)) == page
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

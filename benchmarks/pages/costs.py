@@ -1,26 +1,10 @@
-"""Writes the tables of docs/performance.md anew from the JSON files in benchmarks/results.
-
-    python -m benchmarks.pages
-
-A table stands between `<!-- table: name -->` and `<!-- end -->`; one without its JSON file, or
-without these marks, is left as it is.
-"""
+"""What measuring and holding cost, as tables: one function for each result file."""
 
 from __future__ import annotations
 
-import argparse
-import re
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.lab.results import RESULTS, ROOT, read
-
-PAGE = ROOT / "docs" / "performance.md"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+from benchmarks.pages.markdown import table
 
 
 def fisher(told: Any) -> str:
@@ -110,28 +94,39 @@ def guard(told: Any) -> str:
     return table(head, rows)
 
 
-TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "fisher": ("fisher_cpu.json", fisher),
-    "two threads": ("fisher_cpu_two_threads.json", fisher),
-    "memory": ("memory_cpu.json", memory),
-    "requests": ("requests_cpu.json", requests),
-    "peers": ("fisher_peers_cpu.json", peers),
-    "growth": ("growth_cpu.json", growth),
-    "guard": ("guard_cpu.json", guard),
-}
+def exactness(told: Any) -> str:
+    rows = told["rows"]
+    worst = [f"{max(row[kind] for row in rows):.0e}" for kind in ("float64", "float32")]
+    looped = sum(bool(row["one_sample_loop"]) for row in rows)
+    head = ["models", "entries", "largest error, float64", "float32"]
+    head.append("models with parameters in the one-sample loop")
+    return table(head, [[len(rows), sum(row["entries"] for row in rows), *worst, looped]])
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    page = PAGE.read_text(encoding="utf-8")
-    for name, (file, written) in TABLES.items():
-        if (RESULTS / file).exists():
-            block = f"<!-- table: {name} -->\n{written(read(RESULTS / file))}\n<!-- end -->"
-            pattern = rf"<!-- table: {name} -->.*?<!-- end -->"
-            page, count = re.subn(pattern, lambda _, block=block: block, page, flags=re.DOTALL)
-            print(f"{name}: {'written' if count else 'has no place in the page'}")
-    PAGE.write_text(page, encoding="utf-8")
+def sharded(told: Any) -> str:
+    head = ["sums", "one process, MiB", "each of two, MiB", "share"]
+    rows = []
+    for row in told["rows"]:
+        most = max(row["each_of_two_mib"])
+        share = f"{100 * row['share_of_one_process']:.1f} %"
+        rows.append([row["accumulate"], f"{row['one_process_mib']:.0f}", f"{most:.0f}", share])
+    return table(head, rows)
 
 
-if __name__ == "__main__":
-    main()
+def projection(told: Any) -> str:
+    head = ["model", "image", "batch", "forward, ms a batch", "Gram matrices, ms a batch"]
+    head += ["MiB a set", "projections, ms"]
+    names = ("forward_ms", "gram_ms", "gram_mib", "projection_ms")
+    rows = [
+        [row["model"], row["image"], row["batch"], *(f"{row[name]:.0f}" for name in names)]
+        for row in told["rows"]
+    ]
+    return table(head, rows)
+
+
+def evaluation(told: Any) -> str:
+    head = ["model", "data", "images", "forward passes, s", "evaluation, s", "ratio", "range"]
+    seconds = [f"{told[name]:.0f}" for name in ("plain_seconds", "evaluate_seconds")]
+    low, high = told["ratios"]
+    span = [f"{told['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
+    return table(head, [[told["model"], told["data"], told["images"], *seconds, *span]])

@@ -1,0 +1,1 @@
+"""The tables of the docs, written from the result files: `python -m benchmarks.pages`."""
