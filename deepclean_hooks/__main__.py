@@ -1,41 +1,70 @@
-"""`python -m deepclean_hooks verify report.json CHECKPOINT`: does a report fit a model?"""
+"""What can be done with a report that was written down: verify it, or make its page."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import IO
 
-from deepclean_hooks.report.verify import verify
+from deepclean_hooks.report import html, stored_report
+from deepclean_hooks.report.verify import printable, unvouched, verify
 from deepclean_hooks.stored import checkpoint
+from deepclean_hooks.stored.files import written_whole
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if every check holds, 1 if one does not, 2 for files that cannot be read."""
+    """0 if all went well, 1 if a check of `verify` does not hold, 2 for what cannot be read."""
+    given = _parser().parse_args(arguments)
+    try:
+        return _verify(given) if given.command == "verify" else _page(given)
+    except Exception as reason:  # whatever a damaged file brings about, its reader gets one line
+        _say(f"cannot {given.command}: {type(reason).__name__}: {reason}", sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deepclean_hooks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("verify", help="recompute the digests and figures of a report")
-    command.add_argument("report", type=Path, help="report.json, as Report.to_json() wrote it")
-    command.add_argument("checkpoint", type=Path, help="the unlearned model's state_dict")
-    command.add_argument("--original", type=Path, help="the original model's state_dict")
-    given = parser.parse_args(arguments)
-    try:
-        report = json.loads(given.report.read_text(encoding="utf-8"))
-        if not isinstance(report, dict):
-            raise ValueError(f"{given.report} holds no report")
-        names = report.get("checkpoint_after", {})
-        after = checkpoint.read(given.checkpoint, names)
-        before = None if given.original is None else checkpoint.read(given.original, names)
-        checks = verify(report, after, before)
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        print(f"cannot verify: {type(reason).__name__}: {reason}", file=sys.stderr)
-        return 2
+    told = {"type": Path, "help": "report.json, as Report.to_json() wrote it"}
+    command = commands.add_parser("verify", help="does a report fit a model?")
+    command.add_argument("report", **told)
+    command.add_argument("checkpoint", type=Path, help="the unlearned model's file or folder")
+    command.add_argument("--original", type=Path, help="the original model's file or folder")
+    command.add_argument("--state", help="the only state_dict of the checkpoint to look at: its key")
+    command = commands.add_parser("page", help="the page of a report, as one HTML file")
+    command.add_argument("report", **told)
+    command.add_argument("--output", type=Path, help="the page (default: beside the report)")
+    return parser
+
+
+def _verify(given: argparse.Namespace) -> int:
+    report = stored_report.read(given.report)
+    after = checkpoint.read(given.checkpoint)
+    before = None if given.original is None else checkpoint.read(given.original)
+    checks = verify(report, after, before, state=given.state)
     wrong, skipped = (sum(check.right is right for check in checks) for right in (False, None))
-    print("\n".join(map(str, checks)))
+    for check in checks:
+        _say(str(check))
+    _say(f"nothing here vouches for: {', '.join(unvouched(report))}")
     held = f"{len(checks) - skipped} checks hold" + (f", {skipped} skipped" if skipped else "")
-    print(f"{wrong} of {len(checks)} checks failed" if wrong else held)
+    _say(f"{wrong} of {len(checks)} checks failed" if wrong else held)
     return 1 if wrong else 0
+
+
+def _page(given: argparse.Namespace) -> int:
+    output = given.output or given.report.with_suffix(".html")
+    text = html.page(stored_report.read(given.report))
+    with written_whole(output) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+    _say(f"{output}")
+    return 0
+
+
+def _say(line: str, stream: IO[str] | None = None) -> None:
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 if __name__ == "__main__":

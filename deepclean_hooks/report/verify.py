@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from deepclean_hooks.report.rows import figures_of
+from deepclean_hooks.report import stored_report
+from deepclean_hooks.report.stored_report import Document
 from deepclean_hooks.stored import bits, checkpoint
+from deepclean_hooks.stored.naming import naming
 
-SCHEMAS = (2,)
+# The share of a layer's W_f that may hold its old value in the end, and in half precision, where an
+# entry comes back to its bits by chance once in some hundreds, a few more.
+RETURNED = 0.05
+RETURNED_HALF = 8
+_SHOWN = 3
+_LONGEST = 160
+
+# What a report says that is compared with the files or with itself; all else is its word alone.
+VOUCHED = frozenset(
+    {
+        "schema",
+        "phase",
+        "layers",
+        "trainable_entries",
+        "selected_entries",
+        "selected_fraction",
+        "may_change_entries",
+        "model_before",
+        "model_after",
+        "checkpoint_before",
+        "checkpoint_after",
+        "tied",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -21,159 +47,322 @@ class Check:
 
     what: str
     right: bool | None
-    found: str
+    seen: str
 
     def __str__(self) -> str:
-        """A line with the outcome first."""
+        """A line with the outcome first, printable whatever the names in a file hold."""
         word = {True: "ok      ", False: "MISMATCH", None: "skipped "}[self.right]
-        return f"{word} {self.what}: {self.found}"
+        return f"{word} {printable(self.what)}: {printable(self.seen)}"
 
 
-def verify(
-    report: Mapping[str, Any],
-    after: Mapping[str, Tensor],
-    before: Mapping[str, Tensor] | None = None,
-) -> list[Check]:
-    """Every check of a report (as `Report.to_dict()`) against the tensors of the unlearned model's
-    checkpoint and, if it is at hand, of the original's."""
-    if report.get("schema") not in SCHEMAS:
-        found = f"{report.get('schema')!r}, known: {', '.join(map(str, SCHEMAS))}"
-        return [Check("schema", False, found)]
-    finished = Check("the run is finished", report["phase"] == "finished", report["phase"])
-    checks = [Check("schema", True, str(report["schema"])), finished, *_arithmetic(report)]
-    checks += _digests("unlearned model", report["checkpoint_after"], after)
-    checks += _entries(report, after)
+def printable(text: str) -> str:
+    """Text of a file for a terminal: one line, control and invisible characters escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def verify(report: Document, after: Any, before: Any = None, *, state: str | None = None) -> list[Check]:
+    """Every check of a report (as `Report.to_dict()`) against what the unlearned model's checkpoint
+    file holds (a state_dict, or a container with one or several) and, if it is at hand, the
+    original's.
+
+    Every state_dict of the model in a file must be right; `state` names the only one to look at, by
+    its place in the file. Raises ValueError for a malformed report.
+    """
+    told = stored_report.checked(report)
+    checks = [
+        Check("schema", True, str(told["schema"])),
+        Check("the run is finished", told["phase"] == "finished", told["phase"]),
+        *_arithmetic(told),
+    ]
+    ours = _Side("unlearned model", "after", told, after, state)
+    checks += ours.checks
+    checks += _entries(told, ours.tensors)
+    checks.append(ours.originals())
     if before is None:
-        checks.append(
-            Check("what changed", None, "pass --original with the checkpoint of the original model")
-        )
-    else:
-        checks += _digests("original model", report["checkpoint_before"], before)
-        checks += _changes(report, before, after)
+        words = "pass --original with the checkpoint of the original model"
+        checks.append(Check("what changed", None, words))
+        checks += _digest_of_all(told, "before", {})
+        return checks
+    theirs = _Side("original model", "before", told, before, None)
+    checks += theirs.checks
+    checks += _changes(told, theirs.tensors, ours.tensors)
+    checks += _returned(told, theirs.tensors, ours.tensors)
     return checks
 
 
-def _arithmetic(report: Mapping[str, Any]) -> Iterator[Check]:
+def unvouched(report: Document) -> list[str]:
+    """The fields of a report that no check can confirm: an altered one would pass."""
+    return [name for name, value in report.items() if name not in VOUCHED and value not in (None, {}, ())]
+
+
+def _arithmetic(told: Document) -> Iterator[Check]:
     """What a report says in two places must be the same in both."""
-    layers = report["layers"]
-    selected, entries = (sum(layer[key] for layer in layers) for key in ("selected", "entries"))
-    yield _equal("selected entries, layer by layer", selected, report["selected_entries"])
-    yield _equal("trainable entries, layer by layer", entries, report["trainable_entries"])
-    may_change = sum(map(_may_change, layers))
-    told = report.get("may_change_entries")
-    yield _equal("entries that may change, layer by layer", may_change, told)
+    layers = told["layers"]
+    selected, entries, may_change = (
+        sum(layer[key] for layer in layers) for key in ("selected", "entries", "may_change")
+    )
+    yield _equal("selected entries, layer by layer", selected, told["selected_entries"])
+    yield _equal("trainable entries, layer by layer", entries, told["trainable_entries"])
+    yield _equal("entries that may change, layer by layer", may_change, told["may_change_entries"])
     wrong = [
         layer["name"]
         for layer in layers
-        if not layer["selected"] <= _may_change(layer) <= layer["entries"]
+        if not 0 <= layer["selected"] <= layer["may_change"] <= layer["entries"]
     ]
-    fits = ", ".join(wrong[:3]) or "in every layer"
-    yield Check("selected entries are among those that may change", not wrong, fits)
-    if report["selected_fraction"] is not None and entries:
-        fraction = report["selected_fraction"]
-        yield Check(
-            "selected fraction", math.isclose(fraction, selected / entries), f"{fraction:.6f}"
-        )
-    yield _equal("frozen entries that moved", 0, report["frozen_entries_moved"])
-    hashes = report["forgotten"].get("hashes", [])
-    yield _equal("hashes of forgotten samples", len(hashes), report["forget_samples"])
-    after = report["scores"].get("after")
-    if isinstance(after, Mapping) and after.get("gaps"):
+    yield _none_of("selected entries are among those that may change", wrong, "in every layer")
+    fraction = told["selected_fraction"]
+    if fraction is not None and entries:
+        right = math.isclose(fraction, selected / entries)
+        yield Check("selected fraction", right, f"{fraction:.6f}")
+    yield _equal("frozen entries that moved", 0, told["frozen_entries_moved"])
+    yield _hashes(told)
+    after = told["scores"].get("after")
+    if isinstance(after, Mapping) and after["gaps"]:
         yield _gaps(after)
 
 
-def _may_change(layer: Mapping[str, Any]) -> int:
-    """Of a report from before this was told: in such a run only what was selected was free."""
-    return int(layer.get("may_change", layer["selected"]))
+def _hashes(told: Document) -> Check:
+    forgotten = told["forgotten"]
+    hashes, repeated = forgotten.get("hashes", []), forgotten.get("repeated", {})
+    count = len(hashes) + sum(times - 1 for times in repeated.values())
+    wrong = [value for value in hashes if not re.fullmatch("[0-9a-f]{24}", value)]
+    wrong += [value for value, times in repeated.items() if times < 2 or value not in hashes]
+    if wrong or len(set(hashes)) < len(hashes):
+        return Check("hashes of forgotten samples", False, "not distinct hashes of 24 hex digits")
+    return _equal("hashes of forgotten samples", count, told["forget_samples"])
 
 
-def _gaps(after: Mapping[str, Any]) -> Check:
-    own = figures_of(after)
+def _gaps(after: Document) -> Check:
+    figures, spread = after["figures"], after["spread"]
     wrong = [
         name
         for name, gap in after["gaps"].items()
-        if name not in own
-        or name not in after["spread"]
-        or not math.isclose(own[name] - after["spread"][name]["mean"], gap, abs_tol=1e-6)
+        if name not in figures
+        or name not in spread
+        or not math.isclose(figures[name] - spread[name]["mean"], gap, abs_tol=1e-6)
     ]
-    found = f"wrong: {', '.join(wrong[:3])}" if wrong else f"{len(after['gaps'])} gaps"
-    return Check("gaps are figure minus gold", not wrong, found)
+    return _none_of("gaps are figure minus gold", wrong, f"{len(after['gaps'])} gaps")
 
 
-def _equal(what: str, found: object, told: object) -> Check:
+def _equal(what: str, computed: object, told: object) -> Check:
     if told is None:
         return Check(what, None, "the report has no such figure")
-    return Check(what, found == told, str(found) if found == told else f"{found}, told {told}")
+    right = computed == told
+    return Check(what, right, str(computed) if right else f"{computed}, the report says {told}")
 
 
-def _digests(which: str, told: Mapping[str, str], state: Mapping[str, Tensor]) -> Iterator[Check]:
-    if not told:
-        yield Check(f"tensors of the {which}", False, "the report has no digests of them")
+def _none_of(what: str, wrong: list[str], right: str) -> Check:
+    return Check(what, not wrong, _listed(wrong) if wrong else right)
+
+
+def _listed(names: list[str]) -> str:
+    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+class _Side:
+    """One file against the report: its checks, and its tensors under the model's names, where a
+    tied tensor has its first one."""
+
+    def __init__(
+        self, which: str, when: str, told: Document, loaded: Any, state: str | None
+    ) -> None:
+        self.which, self.report, self.loaded = which, told, loaded
+        self.told: Mapping[str, str] = told[f"checkpoint_{when}"]
+        self.tied = _alike(told) if told["tied"] is None else told["tied"]
+        self.tensors: dict[str, Tensor] = {}
+        self.checks: list[Check] = []
+        self._digests: dict[int, str] = {}
+        if not self.told:
+            words = "the report has no digests of them"
+            self.checks.append(Check(f"tensors of the {which}", False, words))
+            return
+        for place, tensors in self._of_the_model(state).items():
+            self._compare(place, tensors)
+        self.checks += _digest_of_all(told, when, self.tensors)
+
+    def digest(self, tensor: Tensor) -> str:
+        """SHA-256 of a tensor of the file, computed once."""
+        if id(tensor) not in self._digests:
+            self._digests[id(tensor)] = bits.tensor_digest(tensor)
+        return self._digests[id(tensor)]
+
+    def originals(self) -> Check:
+        """No tensor anywhere in the file may be one of the original's that the run changed."""
+        known = {digest: name for name, digest in self.report["checkpoint_before"].items()}
+        changed = known.keys() - set(self.report["checkpoint_after"].values())
+        wrong = [
+            f"{known[self.digest(tensor)]} under {place!r}"
+            for place, tensor in checkpoint.walk(self.loaded)
+            if isinstance(tensor, Tensor) and _says_something(tensor)
+            if self.digest(tensor) in changed
+        ]
+        return _none_of("weights of the original in the file", wrong, "none that the run changed")
+
+    def _of_the_model(self, state: str | None) -> dict[str, dict[str, Tensor]]:
+        """Each state_dict of the file that has weights of this model."""
+        every = checkpoint.states(self.loaded)
+        if not every:
+            raise ValueError(f"the file of the {self.which} holds no state_dict: no named tensor")
+        if state is not None:
+            if state not in every:
+                places = ", ".join(map(repr, every))
+                raise ValueError(f"no state_dict stands under {state!r}; there are {places}")
+            return {state: every[state]}
+        fitting = {place: one for place, one in every.items() if self._fits(one)}
+        return fitting or dict([max(every.items(), key=lambda item: len(item[1]))])
+
+    def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        # Masks and counts of a stored run may have the names of weights.
+        weights = {name: "" for name, tensor in tensors.items() if tensor.is_floating_point()}
+        if naming(weights, self.told).model:
+            return True
+        known = set(self.told.values())
+        return any(_says_something(t) and self.digest(t) in known for t in tensors.values())
+
+    def _compare(self, place: str, tensors: Mapping[str, Tensor]) -> None:
+        what = f"tensors of the {self.which}" + (f" under {place!r}" if place else "")
+        stored = {name: self.digest(tensor) for name, tensor in sorted(tensors.items())}
+        names = naming(stored, self.told)
+        by_name = {model: name for name, model in names.model.items()}
+        absent = self._absent(set(by_name))
+        strange = [name for name in stored if name not in names.model]
+        differing = [n for n, name in by_name.items() if stored[name] != self.told[n]]
+        left_out = [] if strange or differing else self._left_out(absent, set(by_name))
+        if not self.tensors:
+            self.tensors = {self.tied.get(n, n): tensors[name] for n, name in by_name.items()}
+        for words, wrong in (
+            ("missing in the checkpoint", [] if left_out else absent),
+            ("not in the report", strange),
+            ("with other content", differing),
+        ):
+            if wrong:
+                self.checks.append(Check(what, False, f"{len(wrong)} {words}: {_listed(wrong)}"))
+        if left_out:
+            words = f"the file lacks {len(left_out)} tensors that the run left as they were"
+            self.checks.append(Check(what, None, f"{words}: {_listed(left_out)}"))
+        elif absent or strange or differing:
+            return
+        words = f"{len(stored)} with the digests of the report"
+        if names.renamed:
+            there, here = names.renamed[0]
+            words += f", {len(names.renamed)} under other names, such as {there} for {here}"
+        self.checks.append(Check(what, True, words))
+
+    def _absent(self, present: set[str]) -> list[str]:
+        """What is in no form in the file. A tied tensor that is stored once is there."""
+        there = {self.tied.get(name, name) for name in present}
+        return [name for name in self.told if self.tied.get(name, name) not in there]
+
+    def _left_out(self, absent: list[str], present: set[str]) -> list[str]:
+        """The absent ones, if the file is that of an adapter: all that was trained and no more."""
+        trained = {layer["name"] for layer in self.report["layers"]}
+        before, after = self.report["checkpoint_before"], self.report["checkpoint_after"]
+        unchanged = all(before.get(name) == after.get(name) for name in absent)
+        adapter = present <= trained and not trained & set(absent)
+        return absent if adapter and unchanged and present else []
+
+
+def _alike(told: Document) -> dict[str, str]:
+    """Of a report of schema 2, which does not say what is tied: a name that is no layer and has
+    before and after the digests of a layer, and of one only."""
+    before, after = told["checkpoint_before"], told["checkpoint_after"]
+    listed: dict[Any, list[str]] = {}
+    for layer in told["layers"]:
+        content = before.get(layer["name"]), after.get(layer["name"])
+        listed.setdefault(content, []).append(layer["name"])
+    layers = {name for names in listed.values() for name in names}
+    tied = {}
+    for name in after:
+        names = listed.get((before.get(name), after[name]), [])
+        if name not in layers and len(names) == 1 and not _is_statistic(name):
+            tied[name] = names[0]
+    return tied
+
+
+def _digest_of_all(told: Document, when: str, tensors: Mapping[str, Tensor]) -> Iterator[Check]:
+    """The digest that page and card print: of the digests, tensor by tensor."""
+    what = f"digest of the model {when}, as page and card print it"
+    printed = told[f"model_{when}"]
+    if printed is None:
         return
-    found = checkpoint.digests(state)
-    # Files that store a tied tensor once leave its other names out.
-    absent = [n for n in told if n not in found and told[n] not in found.values()]
-    other = [name for name in found if name not in told]
-    differing = [name for name in found if name in told and found[name] != told[name]]
-    for words, names in (
-        ("missing in the checkpoint", absent),
-        ("not in the report", other),
-        ("with other content", differing),
-    ):
-        if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            yield Check(f"tensors of the {which}", False, f"{len(names)} {words}: {shown}")
-    if not (absent or other or differing):
-        yield Check(f"tensors of the {which}", True, f"{len(found)} with the digests of the report")
+    if told["schema"] > 2:
+        right = printed == bits.combined(told[f"checkpoint_{when}"])
+        words = "that of the tensors' digests" if right else "not that of the tensors' digests"
+        yield Check(what, right, words)
+        return
+    # Schema 2: over the tensors themselves, those included that no checkpoint holds.
+    if tensors and bits.digest(tensors) == printed:
+        yield Check(what, True, "that of the tensors in the file")
+    else:
+        yield Check(what, None, "in schema 2 it may cover tensors that the file does not hold")
 
 
-def _entries(report: Mapping[str, Any], state: Mapping[str, Tensor]) -> Iterator[Check]:
+def _says_something(tensor: Tensor) -> bool:
+    """Not all entries equal: a bias of zeros may stand anywhere."""
+    return tensor.numel() > 1 and bool((tensor != tensor.reshape(-1)[0]).any())
+
+
+def _entries(told: Document, state: Mapping[str, Tensor]) -> Iterator[Check]:
     wrong = [
         layer["name"]
-        for layer in report["layers"]
+        for layer in told["layers"]
         if layer["name"] in state and state[layer["name"]].numel() != layer["entries"]
     ]
-    yield Check("sizes of the layers", not wrong, ", ".join(wrong[:3]) or "as in the checkpoint")
+    yield _none_of("sizes of the layers", wrong, "as in the checkpoint")
 
 
 def _changes(
-    report: Mapping[str, Any], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    told: Document, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> Iterator[Check]:
     """No more entries of a layer may differ than were selected or free, and none of the others."""
-    names = _tied(report)
-    before, after = ({names.get(n, n): t for n, t in state.items()} for state in (before, after))
-    open_to = {layer["name"]: _may_change(layer) for layer in report["layers"]}
+    open_to = {layer["name"]: layer["may_change"] for layer in told["layers"]}
     changed = {name: _differing(before[name], after[name]) for name in before if name in after}
     weights = {name: count for name, count in changed.items() if name in open_to}
     wrong = [f"{n} ({c} changed, {open_to[n]} might)" for n, c in weights.items() if c > open_to[n]]
-    total = sum(weights.values())
-    told = f"{total} weights differ, no more in any layer than were selected or free to train there"
-    yield Check("changed weights", not wrong, ", ".join(wrong[:3]) or told)
+    words = "weights differ, no more in any layer than were selected or free to train there"
+    yield _none_of("changed weights", wrong, f"{sum(weights.values())} {words}")
     rest = [name for name, count in changed.items() if count and name not in open_to]
-    if report["norm_statistics"] == "freeze":
-        yield Check("all else", not rest, ", ".join(rest[:3]) or "unchanged, bit for bit")
+    if told["norm_statistics"] == "freeze":
+        yield _none_of("all else", rest, "unchanged, bit for bit")
     else:
         note = f"{len(rest)} buffers changed, which norm_statistics='update' allows"
-        fixed = [name for name in rest if not _is_statistic(name)]
-        yield Check("all else", not fixed, ", ".join(fixed[:3]) or note)
+        yield _none_of("all else", [name for name in rest if not _is_statistic(name)], note)
 
 
-def _tied(report: Mapping[str, Any]) -> dict[str, str]:
-    """The name under which the report lists a tensor that a state_dict has under two names."""
+def _returned(
+    told: Document, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> Iterator[Check]:
+    """How many entries of W_f hold their original value again, at least: as many as were selected
+    in a layer and cannot be among those that differ. Entries that were 0 do not count."""
+    what = "W_f is not what it was before"
+    back: dict[str, int] = {}
+    most: dict[str, float] = {}
+    for layer in told["layers"]:
+        name, selected = layer["name"], layer["selected"]
+        if selected and name in before and name in after:
+            tensor = before[name]
+            same = selected - _differing(tensor, after[name]) - int((tensor == 0).sum())
+            back[name] = max(same, 0)
+            most[name] = RETURNED * selected + (RETURNED_HALF if tensor.element_size() < 4 else 0)
+    total = sum(back.values())
+    if told["effect"] == "reset to 0":
+        wrong = [f"{name} ({count} entries)" for name, count in back.items() if count > most[name]]
+        words = f"{total} entries hold their original value"
+        yield Check(what, not wrong, f"{words}: {_listed(wrong)}" if wrong else f"at least {words}")
+    elif back:
+        same = total > 0 and total == told["selected_entries"]
+        words = f"entries that were {told['effect']}"
+        yield Check(what, None if not same else False, f"{total} {words} hold their original value")
 
-    def content(name: str) -> tuple[str | None, str | None]:
-        return report["checkpoint_before"].get(name), report["checkpoint_after"].get(name)
 
-    listed = {content(layer["name"]): layer["name"] for layer in report["layers"]}
-    own = set(listed.values())
-    others = (name for name in report["checkpoint_after"] if name not in own)
-    return {name: listed[content(name)] for name in others if content(name) in listed}
-
-
-def _differing(one: Tensor, other: Tensor) -> int:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return max(one.numel(), other.numel())
-    return int(bits.differing(one.contiguous(), other.contiguous()).sum())
+def _differing(first: Tensor, second: Tensor) -> int:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return max(first.numel(), second.numel())
+    return int(bits.differing(first.contiguous(), second.contiguous()).sum())
 
 
 def _is_statistic(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.stored import bits
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
-_INSIDE = ("model", "state_dict", "model_state_dict")
+# The weights in a folder that transformers or PEFT wrote: the first of these that is there.
+_WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin")
 
 
 def digests(state: Mapping[str, Any]) -> dict[str, str]:
@@ -36,37 +36,112 @@ def model_digest(model: nn.Module) -> str:
     return bits.combined(digests_of(model))
 
 
+def tied(model: nn.Module) -> dict[str, str]:
+    """Each further name in the state_dict of a tensor that has an earlier name, and that name."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, value in unwrap(model).state_dict(keep_vars=True).items():
+        if first.setdefault(id(value), name) != name:
+            names[name] = first[id(value)]
+    return names
+
+
 def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of a state_dict that are tensors."""
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(name, str)
+    }
 
 
-def read(path: str | os.PathLike[str], names: Mapping[str, object]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of what torch.save wrote of a state_dict, by the
-    names that the model's own state_dict has (`names`).
+class Unknown:
+    """An object of a class that was not loaded: what it was made of, and nothing that runs."""
 
-    A state_dict under "model", "state_dict" or "model_state_dict" is found, and a prefix that a
-    wrapper put before every name is taken off. Raises ValueError for another file; pickled objects
-    other than tensors are never loaded.
+    parts: tuple[Any, ...] = ()
+
+    def __new__(cls, *parts: Any) -> Unknown:
+        made = super().__new__(cls)
+        made.parts = parts
+        return made
+
+    def __init__(self, *parts: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.parts = (*self.parts, state)
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """What a .safetensors file, a file of torch.save, or a folder of transformers or PEFT holds.
+
+    No code of the file runs: an object that is neither a tensor nor plain data, such as the
+    argparse.Namespace of torchvision's and timm's scripts, comes back as `Unknown`. Raises
+    ValueError for another file.
     """
     where = Path(path)
+    if where.is_dir():
+        return _of_folder(where)
     if not where.is_file():
         raise ValueError(f"{where} is no file")
     try:
         if where.suffix == ".safetensors":
-            found: Any = load_file(where)
-        else:
-            found = torch.load(where, map_location="cpu", weights_only=True)
+            return load_file(where)
+        with torch.serialization.safe_globals(_inert(where)):
+            return torch.load(where, map_location="cpu", weights_only=True)
     except Exception as reason:  # neither library has an error of its own for a damaged file
-        raise ValueError(f"{where} cannot be read as a checkpoint: {reason}") from reason
-    for key in _INSIDE:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
-    state = tensors(found) if isinstance(found, Mapping) else {}
-    if not state:
-        raise ValueError(f"{where} holds no state_dict: no tensor was found by name")
-    for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in state) and not state.keys() & names.keys():
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+        told = " ".join(str(reason).split()) or type(reason).__name__
+        raise ValueError(f"{where} cannot be read as a checkpoint: {told[:200]}") from reason
+
+
+def _of_folder(folder: Path) -> dict[str, Any]:
+    for pattern in _WEIGHTS:
+        if parts := sorted(folder.glob(pattern)):
+            return {name: value for part in parts for name, value in read(part).items()}
+    raise ValueError(f"{folder} holds no weights: looked for {', '.join(_WEIGHTS)}")
+
+
+def _inert(path: Path) -> list[Any]:
+    """A class that does nothing in the place of each that torch would refuse to load."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # the older format, which is not a zip file; torch.load says what it refuses
+        return []
+    split = [name.rpartition(".") for name in names]
+    return [type(name, (Unknown,), {"__module__": module}) for module, _, name in split]
+
+
+def walk(loaded: Any) -> Iterator[tuple[str, Any]]:
+    """Every container and tensor in what a file holds, each once, with its place: `model.fc`."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any]] = [("", loaded)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield place, value
+            continue
+        if id(value) in seen:
+            continue  # a file may hold a list that holds itself
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            yield place, value
+            inside = list(value.items())
+        elif isinstance(value, list | tuple):
+            inside = list(enumerate(value))
+        elif isinstance(value, Unknown):
+            inside = list(enumerate(value.parts))
+        else:
+            continue
+        waiting += [(f"{place}.{key}" if place else str(key), part) for key, part in inside]
+
+
+def states(loaded: Any) -> dict[str, dict[str, Tensor]]:
+    """Whatever in a file maps names to tensors, by its place in the file; "" is the file itself.
+
+    Not what lies in an optimizer's state, which a model does not load.
+    """
+    return {
+        place: tensors(value)
+        for place, value in walk(loaded)
+        if isinstance(value, Mapping) and tensors(value) and "optim" not in place.lower()
+    }
