@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lab.results import RESULTS, ROOT, read, store
-from deepclean_hooks.report import plots
+from deepclean_hooks.report import curves
 
 MEASURED = RESULTS / "gamma_auto_cifar10.json"
 FIGURES = ROOT / "docs" / "figures"
@@ -62,8 +62,10 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     for scenario in dict.fromkeys(cell["scenario"] for cell in told["cells"]):
         sweep = mean_of([cell for cell in told["cells"] if cell["scenario"] == scenario])
-        plots.selection(sweep, given.output / f"gamma_selected_{scenario}.svg")
-        plots.behaviour(sweep, given.output / f"gamma_accuracy_{scenario}.svg")
+        drawings = {"selected": curves.selection(sweep), "accuracy": curves.behaviour(sweep)}
+        for what, drawing in drawings.items():
+            if drawing is not None:
+                curves.write(drawing, given.output / f"gamma_{what}_{scenario}.svg")
         sweep |= {"setting": told["setting"], "versions": told["versions"]}
         store(given.output / f"gamma_{scenario}.json", sweep)
 

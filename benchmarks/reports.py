@@ -40,7 +40,6 @@ from deepclean_hooks.metrics.gold import spreads
 from deepclean_hooks.metrics.pools import klom, margins, ulira
 from deepclean_hooks.metrics.relearn import relearn_steps
 from deepclean_hooks.report.report import Report
-from deepclean_hooks.report.rows import figures_of
 from deepclean_hooks.stored.files import written_whole
 from examples.scenarios import Scenario
 
@@ -49,7 +48,7 @@ FIGURES = (
     "retain.accuracy",
     "test.accuracy",
     "forget.accuracy",
-    "membership.rate",
+    "attack.entropy_regression.rate",
     "attack.confidence_svc.efficacy",
     "attack.loss_regression.accuracy",
     "attack.threshold_loss.auc",
@@ -164,10 +163,10 @@ class Judge:
         if not golds:
             return told
         found = self.relearn(model, to_loss)
-        told["relearn"] = dict(vars(found))
         among = spreads([{"relearn": steps} for steps in golds])["relearn"]
         told["spread"]["relearn"] = dict(vars(among))
         if found.value is not None:
+            told["figures"]["relearn"] = found.value
             gap = found.value - among.mean
             told["gaps"]["relearn"], told["within_spread"]["relearn"] = gap, among.holds(gap)
         return told
@@ -238,7 +237,7 @@ def by_seed(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def brief(told: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of one evaluation for the JSON."""
-    figures = {name: value for name, value in figures_of(told).items() if name in FIGURES}
+    figures = {name: value for name, value in told["figures"].items() if name in FIGURES}
     figures |= {name: one["value"] for name, one in told["distances"].items()}
     figures["average_gap"] = told["average_gap"]["value"]
     gaps = {name: told["gaps"][name] for name in FIGURES if name in told["gaps"]}
@@ -292,8 +291,10 @@ def write_page(
 ) -> None:
     first = next(iter(shown))
     if found[first]:
-        page.scores["after"]["attacks"]["ulira"] = found[first]["ulira"]
-        page.scores["after"]["klom"] = {"value": found[first]["klom"]["mean"]}
+        after, ulira = page.scores["after"], found[first]["ulira"]
+        after["attacks"]["ulira"] = ulira
+        named = {f"attack.ulira.{figure}": value for figure, value in ulira["figures"].items()}
+        after["figures"] |= {**named, "klom": found[first]["klom"]["mean"]}
     told = {
         "command": "python -m benchmarks.reports --data-dir DATA --cache FOLDER"
         + (

@@ -36,7 +36,8 @@ from deepclean_hooks.methods import (
     Retrain,
     SalUn,
 )
-from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
+from deepclean_hooks.metrics.evaluate import evaluate
+from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.persample.explain import Explanation, explain
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session

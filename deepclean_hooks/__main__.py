@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
-from deepclean_hooks.report import html, stored_report
+from deepclean_hooks.report import html, small_sets, stored_report
 from deepclean_hooks.report.verify import printable, unvouched, verify
 from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.files import written_whole
@@ -26,20 +26,24 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m deepclean_hooks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    told = {"type": Path, "help": "report.json, as Report.to_json() wrote it"}
+    report = "report.json, as Report.to_json() wrote it"
     command = commands.add_parser("verify", help="does a report fit a model?")
-    command.add_argument("report", **told)
+    command.add_argument("report", type=Path, help=report)
     command.add_argument("checkpoint", type=Path, help="the unlearned model's file or folder")
     command.add_argument("--original", type=Path, help="the original model's file or folder")
-    command.add_argument("--state", help="the only state_dict of the checkpoint to look at: its key")
+    command.add_argument(
+        "--state", help="the only state_dict of the checkpoint to look at: its key"
+    )
     command = commands.add_parser("page", help="the page of a report, as one HTML file")
-    command.add_argument("report", **told)
+    command.add_argument("report", type=Path, help=report)
+    words = "also figures of fewer than ten samples, which tell of single ones"
+    command.add_argument("--exact", action="store_true", help=words)
     command.add_argument("--output", type=Path, help="the page (default: beside the report)")
     return parser
 
 
 def _verify(given: argparse.Namespace) -> int:
-    report = stored_report.read(given.report)
+    report = stored_report.load(given.report)
     after = checkpoint.read(given.checkpoint)
     before = None if given.original is None else checkpoint.read(given.original)
     checks = verify(report, after, before, state=given.state)
@@ -54,16 +58,17 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _page(given: argparse.Namespace) -> int:
     output = given.output or given.report.with_suffix(".html")
-    text = html.page(stored_report.read(given.report))
+    report = stored_report.checked(stored_report.load(given.report))
+    text = html.page(report if given.exact else small_sets.withheld(report))
     with written_whole(output) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
     _say(f"{output}")
     return 0
 
 
-def _say(line: str, stream: IO[str] | None = None) -> None:
+def _say(line: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
-    encoding = stream.encoding or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 

@@ -113,6 +113,7 @@ class Session:
         ranks.require_agreement("the method", method)
         before = checkpoint.digests_of(self.model)
         self._facts.update(model_before=bits.combined(before), checkpoint_before=before)
+        self._facts["tied"] = checkpoint.tied(self.model)
         if isinstance(retain, Measurement):
             require_of_use(self.method, retain, self.model, bits.combined(before))
         else:
@@ -534,10 +535,14 @@ class Session:
         return f"leave one-dimensional parameters out, or {knob}" if flat else knob
 
     def _evaluate(self, when: str, gold: Gold | None) -> None:
+        words = "the original model" if when == "before" else "the unlearned model"
         with self._timed("evaluate"):
             try:
                 self._scores[when] = evaluate(
-                    self.model, gold=gold, progress=self.progress, **self._evaluated()
+                    self.model,
+                    gold=gold,
+                    progress=words if self.progress else False,
+                    **self._evaluated(),
                 ).to_dict()
             except losses.not_for_scores(self.loss_fn) as reason:
                 self._scores[when] = f"not computed: {reason}"

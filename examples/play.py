@@ -96,7 +96,7 @@ class Play:
 
 def figures(scores: deepclean.Evaluation) -> dict[str, float | None]:
     """The accuracies and the membership rate of a row, with their gaps to gold."""
-    names = {"test of class": "forget_test.accuracy", "members": "membership.rate"}
+    names = {"test of class": "forget_test.accuracy", "members": "attack.entropy_regression.rate"}
     names |= {name: f"{name}.accuracy" for name in ("retain", "forget", "test")}
     row: dict[str, float | None] = {}
     for column, name in names.items():

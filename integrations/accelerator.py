@@ -17,7 +17,7 @@ from deepclean_hooks.data.samples import Data
 from deepclean_hooks.guard.guard import NormStatistics
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.metrics.evaluate import Evaluation
+from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.session import Session

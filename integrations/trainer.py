@@ -36,7 +36,8 @@ from deepclean_hooks.integrations.run_output import selection_figures, write_rep
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import DeepClean
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
+from deepclean_hooks.metrics.evaluate import evaluate
+from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session

@@ -54,6 +54,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     }
     expected |= {f"{PACKAGE}/integrations/{p.name}" for p in (ROOT / "integrations").glob("*.py")}
     expected |= {f"{PACKAGE}/py.typed"}
+    templates = (ROOT / PACKAGE / "report" / "templates").iterdir()
+    expected |= {f"{PACKAGE}/report/templates/{path.name}" for path in templates}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
@@ -65,7 +67,9 @@ def test_wheel_imports_on_its_own(wheel: Path, tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         f"import {PACKAGE}, {PACKAGE}.integrations as adapters\n"
-        f"print({PACKAGE}.__file__); print(adapters.__file__)"
+        f"print({PACKAGE}.__file__); print(adapters.__file__)\n"
+        f"page = {PACKAGE}.Report(method='x', settings={{}}, phase='new').to_html()\n"
+        "assert 'Unlearning report: x' in page"
     )
     ran = python(code, "-I", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
@@ -88,7 +92,6 @@ def test_metadata_names_version_licence_and_extras(wheel: Path) -> None:
         "docs",
         "evaluate",
         "lightning",
-        "plots",
         "test",
         "trainer",
         "vision",

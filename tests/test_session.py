@@ -182,7 +182,7 @@ def test_report_is_complete_and_json() -> None:
         train(model, adamw(model))
     told = json.loads(run.report.to_json())
     empty = [key for key, value in told.items() if value is None or value == {}]
-    assert empty == ["gamma_choice"]  # gamma was given
+    assert empty == ["tied", "gamma_choice"]  # no tensor is tied, gamma was given
     assert told["forget_samples"] == 8
     assert told["retain_samples"] == 32
     assert told["trainable_entries"] == sum(p.numel() for p in model.parameters())

@@ -59,14 +59,16 @@ def _figures(case: Case, model: nn.Module) -> Row:
         "acc_df": "forget.accuracy",
         "acc_test": "test.accuracy",
         "acc_df_test": "forget_test.accuracy",
-        "mia": "membership.rate",
+        "mia": "attack.entropy_regression.rate",
         "mia_confidence": "attack.confidence_svc.efficacy",
     }
     found = scores.figures()
     row: Row = {short: found.get(name) for short, name in names.items()}
     row |= {f"delta_{short}": scores.gaps.get(name) for short, name in names.items()}
     row["average_gap"] = scores.average_gap.value
-    row["mia_attacker_accuracy"] = scores.membership.attacker_accuracy
+    row["mia_attacker_accuracy"] = scores.figures().get(
+        "attack.entropy_regression.attacker_accuracy"
+    )
     row["retain_loss"], row["forget_loss"] = found["retain.loss"], found["forget.loss"]
     return row
 

@@ -18,7 +18,7 @@ def frontier(told: dict[str, Any], path: Path) -> None:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as reason:
-        raise ImportError('plots need matplotlib: pip install "deepclean-hooks[plots]"') from reason
+        raise ImportError("the frontier is drawn by matplotlib: pip install matplotlib") from reason
     # The same file for the same figures: no time of day, no random names.
     with rc_context({"svg.hashsalt": "frontier"}):
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")

@@ -7,7 +7,7 @@ N: samples. In every attack members are 1 and non-members 0, and a score is high
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,17 @@ class Attack:
     figures: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     roc: tuple[tuple[float, float], ...] = ()
+
+    def without(self, figure: str, reason: str) -> Attack:
+        """The attack with the reason why it has no figure."""
+        return replace(self, reasons={figure: reason})
+
+    def tried(self, figure: str, run: Callable[[], dict[str, float]]) -> Attack:
+        """The attack with the figures that `run` returns, or, without scikit-learn, none."""
+        try:
+            return replace(self, figures=run())
+        except ImportError:
+            return self.without(figure, NO_SKLEARN)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -79,7 +90,7 @@ def confidence_svc(outputs: dict[str, Outputs]) -> Attack:
     missing = [name for name in ("forget", "retain", "test") if name not in outputs]
     if missing:
         reason = f"it needs forget, retain and test; missing: {', '.join(missing)}"
-        return _without(attack, "efficacy", reason)
+        return attack.without("efficacy", reason)
 
     def run() -> dict[str, float]:
         from sklearn.svm import SVC
@@ -94,7 +105,7 @@ def confidence_svc(outputs: dict[str, Outputs]) -> Attack:
         called = machine.predict(outputs["forget"].confidence.unsqueeze(1).numpy())
         return {"efficacy": 100 * (1 - float(called.mean()))}
 
-    return _try(attack, "efficacy", run)
+    return attack.tried("efficacy", run)
 
 
 def loss_regression(outputs: dict[str, Outputs]) -> Attack:
@@ -109,17 +120,18 @@ def loss_regression(outputs: dict[str, Outputs]) -> Attack:
         "best (forget samples look like unseen ones), 100 tells every one",
     )
     if unseen is None:
-        return _without(attack, "accuracy", words)
-    sides = [one.loss.clamp(max=LARGEST).sort().values for one in (outputs["forget"], unseen)]
+        return attack.without("accuracy", words)
+    both = (outputs["forget"], unseen)
+    sides = [side.loss.clamp(max=LARGEST).sort().values for side in both]
     folds = min(FOLDS, *(len(side) for side in sides))
     if folds < FEW:
         reason = f"it needs {FEW} samples a side; forget has {len(sides[0])}, unseen"
-        return _without(attack, "accuracy", f"{reason} {len(sides[1])}")
+        return attack.without("accuracy", f"{reason} {len(sides[1])}")
 
     def run() -> dict[str, float]:
         return {"accuracy": _cross_validated(sides, folds)}
 
-    return _try(attack, "accuracy", run)
+    return attack.tried("accuracy", run)
 
 
 def _cross_validated(sides: list[Tensor], folds: int) -> float:
@@ -129,8 +141,8 @@ def _cross_validated(sides: list[Tensor], folds: int) -> float:
     members = torch.cat([torch.ones(len(sides[0])), torch.zeros(len(sides[1]))]).numpy()
     fold = torch.cat([torch.arange(len(side)) % folds for side in sides]).numpy()
     right = torch.empty(len(members), dtype=torch.bool)
-    for one in range(folds):
-        inside = fold == one
+    for held_out in range(folds):
+        inside = fold == held_out
         model = LogisticRegression(class_weight="balanced")
         model.fit(values[~inside], members[~inside])
         hit = model.predict(values[inside]) == members[inside]
@@ -152,7 +164,7 @@ THRESHOLDS: dict[str, tuple[str, Callable[[Outputs], Tensor]]] = {
 def thresholds(outputs: dict[str, Outputs]) -> dict[str, Attack]:
     """One attack for each score in THRESHOLDS: whoever is above a threshold is called a member."""
     unseen, words = unseen_like(outputs)
-    found = {}
+    attacks = {}
     for name, (feature, score) in THRESHOLDS.items():
         attack = Attack(
             feature=feature,
@@ -163,11 +175,11 @@ def thresholds(outputs: dict[str, Outputs]) -> dict[str, Attack]:
             "of the forget samples called members while at most 1 (0.1) % of the unseen ones are",
         )
         if unseen is None:
-            found[f"threshold_{name}"] = _without(attack, "auc", words)
+            attacks[f"threshold_{name}"] = attack.without("auc", words)
         else:
             members, others = score(outputs["forget"]), score(unseen)
-            found[f"threshold_{name}"] = ranked(attack, members, others)
-    return found
+            attacks[f"threshold_{name}"] = ranked(attack, members, others)
+    return attacks
 
 
 def ranked(attack: Attack, members: Tensor, others: Tensor) -> Attack:
@@ -194,10 +206,10 @@ def ranked(attack: Attack, members: Tensor, others: Tensor) -> Attack:
         }
         return {"auc": float(auc(false, true)), **rates}
 
-    done = _try(attack, "auc", run)
+    done = attack.tried("auc", run)
     if not done.figures:
         return done
-    return _replaced(done, reasons=reasons, roc=tuple(points))
+    return replace(done, reasons=reasons, roc=tuple(points))
 
 
 def _points(values: Any, grid: Any, most: int = 60) -> list[float]:
@@ -211,18 +223,3 @@ def _thinned(values: Tensor, count: int) -> Tensor:
     """`count` of the values, at evenly spaced ranks: the same whatever their order."""
     at = (torch.arange(count) * 2 + 1) * len(values) // (2 * count)
     return values.sort().values[at]
-
-
-def _try(attack: Attack, figure: str, run: Callable[[], dict[str, float]]) -> Attack:
-    try:
-        return _replaced(attack, figures=run())
-    except ImportError:
-        return _without(attack, figure, NO_SKLEARN)
-
-
-def _without(attack: Attack, figure: str, reason: str) -> Attack:
-    return _replaced(attack, reasons={figure: reason})
-
-
-def _replaced(attack: Attack, **changes: Any) -> Attack:
-    return Attack(**{**vars(attack), **changes})

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from deepclean_hooks.metrics.outputs import Outputs
 
-CONFIDENCE_EDGES = tuple(i / 20 for i in range(21))
-# Half decades; what lies outside is counted in the first and the last bin.
-LOSS_EDGES = tuple(10 ** (i / 2) for i in range(-12, 5))
+EDGES = {
+    "confidence": tuple(i / 20 for i in range(21)),
+    # Half decades; what lies outside is counted in the first and the last bin.
+    "loss": tuple(10 ** (i / 2) for i in range(-12, 5)),
+}
 
 
 def histograms(outputs: Outputs) -> dict[str, list[int]]:
     """How many samples fall in each bin of the own label's probability and of the loss (nats)."""
     return {
-        "confidence": _counts(outputs.confidence, CONFIDENCE_EDGES),
-        "loss": _counts(outputs.loss, LOSS_EDGES),
+        "confidence": _counts(outputs.confidence, EDGES["confidence"]),
+        "loss": _counts(outputs.loss, EDGES["loss"]),
     }
 
 

@@ -75,17 +75,16 @@ def collect(
     *,
     logits: bool = False,
     features: bool = False,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> Outputs:
     """Runs the model over a set once, each sample once over all ranks, and leaves it as it was.
 
-    Raises ValueError for an empty set and for outputs that are NaN.
+    `progress` labels a bar. Raises ValueError for an empty set and for outputs that are NaN.
     """
-    label = f"evaluate: {name}" if progress else None
     with no_trace.no_trace(model) as inner, no_trace.float32_weights(inner) as dtype:
         kept = _Kept(source, name, logits, features)
         device = no_trace.device_of(inner)
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "progress": label}
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress}
         if fsdp.is_sharded(inner):
             with _watched(inner, features) as seen:
                 for batch, counted in walk_together(source, **how):

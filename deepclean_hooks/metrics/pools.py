@@ -7,7 +7,7 @@ M: models of a pool, N: forget samples. Both read margins (M, N), as `margins` g
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,18 +60,17 @@ def ulira(unlearned: Tensor, retrained: Tensor) -> Attack:
     _require_pools(unlearned, retrained)
     if min(len(unlearned), len(retrained)) < 3:
         reason = f"it needs 3 models of a kind, got {len(unlearned)} and {len(retrained)}"
-        return Attack(**{**vars(attack), "reasons": {"auc": reason, "accuracy": reason}})
+        return replace(attack, reasons={"auc": reason, "accuracy": reason})
     unlearned, retrained = (m.double().clamp(-CLIP, CLIP) for m in (unlearned, retrained))
     members = torch.stack(
-        [_log_ratio(one, _without(unlearned, i), retrained) for i, one in enumerate(unlearned)]
+        [_log_ratio(row, _without(unlearned, i), retrained) for i, row in enumerate(unlearned)]
     )
     others = torch.stack(
-        [_log_ratio(one, unlearned, _without(retrained, i)) for i, one in enumerate(retrained)]
+        [_log_ratio(row, unlearned, _without(retrained, i)) for i, row in enumerate(retrained)]
     )
-    found = ranked(attack, members.flatten(), others.flatten())
+    judged = ranked(attack, members.flatten(), others.flatten())
     right = [_share_above(members), 1 - _share_above(others)]
-    figures = {**found.figures, "accuracy": 50 * sum(right)}
-    return Attack(**{**vars(found), "figures": figures})
+    return replace(judged, figures={**judged.figures, "accuracy": 50 * sum(right)})
 
 
 def _log_ratio(margin: Tensor, unlearned: Tensor, retrained: Tensor) -> Tensor:
@@ -132,11 +131,11 @@ def klom(unlearned: Tensor, retrained: Tensor) -> KLoM:
     )
 
 
-def _divergence(one: Tensor, other: Tensor) -> Tensor:
-    one, other = (m.double().clamp(-CLIP, CLIP) for m in (one, other))
-    both = torch.cat([one, other])
+def _divergence(first: Tensor, second: Tensor) -> Tensor:
+    first, second = (m.double().clamp(-CLIP, CLIP) for m in (first, second))
+    both = torch.cat([first, second])
     low, high = both.min(dim=0).values, both.max(dim=0).values
-    p, q = (_shares(pool, low, high) for pool in (one, other))
+    p, q = (_shares(pool, low, high) for pool in (first, second))
     return (p * (p / q).log()).sum(dim=0)
 
 

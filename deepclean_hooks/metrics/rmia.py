@@ -54,14 +54,14 @@ def rmia(model: Sets, references: Sequence[Sets]) -> Attack:
         "cent of the forget samples called members at that false positive rate",
     )
     if unseen is None:
-        return _without(attack, words)
+        return attack.without("auc", words)
     if not references:
-        return _without(
-            attack, "it needs reference models: pass gold=[...]; a gold's own figure needs another"
-        )
+        reason = "it needs reference models: pass gold=[...]; a gold's own figure needs another"
+        return attack.without("auc", reason)
     if len(unseen.confidence) < 4:
-        return _without(attack, f"it needs 4 unseen samples, there are {len(unseen.confidence)}")
-    outs = [_confidences(one) for one in references]
+        count = len(unseen.confidence)
+        return attack.without("auc", f"it needs 4 unseen samples, there are {count}")
+    outs = [_confidences(reference) for reference in references]
     forget_out = torch.stack([forget for forget, _ in outs]).mean(0)  # (N,)
     unseen_out = torch.stack([unseen for _, unseen in outs]).mean(0)  # (2 Z,)
     population = torch.arange(0, len(unseen.confidence), 2)
@@ -81,7 +81,3 @@ def _confidences(sets: Sets) -> tuple[Tensor, Tensor]:
     if unseen is None:
         raise ValueError(f"a gold model's outputs cannot serve as reference: {words}")
     return sets["forget"].confidence, unseen.confidence
-
-
-def _without(attack: Attack, reason: str) -> Attack:
-    return Attack(**{**vars(attack), "reasons": {"auc": reason}})

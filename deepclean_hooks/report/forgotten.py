@@ -1,9 +1,11 @@
-"""Who was forgotten, told so that only someone who holds a sample can look it up: salted hashes."""
+"""Who was forgotten, told so that only someone who holds a sample, or guesses it exactly, can look
+it up: salted hashes."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,10 +15,13 @@ from deepclean_hooks.data.batches import Batch
 
 
 def salted(fingerprints: Iterable[int]) -> dict[str, Any]:
-    """{"salt", "hashes"}: one hash of each sample's 64-bit fingerprint, sorted, under a fresh salt,
-    which keeps two reports from being compared sample by sample."""
+    """{"salt", "hashes", "repeated"}: the hash of each sample's 64-bit fingerprint, sorted, under a
+    fresh salt, which keeps two reports from being compared sample by sample; and how often those
+    occur that samples of equal content share."""
     salt = ranks.gather(secrets.token_hex(16))[0]
-    return {"salt": salt, "hashes": sorted(_hash(one, salt) for one in fingerprints)}
+    counts = Counter(_hash(fingerprint, salt) for fingerprint in fingerprints)
+    repeated = {value: count for value, count in sorted(counts.items()) if count > 1}
+    return {"salt": salt, "hashes": sorted(counts), "repeated": repeated}
 
 
 def among(forgotten: Mapping[str, Any], batch: Batch) -> list[bool]:
@@ -25,7 +30,8 @@ def among(forgotten: Mapping[str, Any], batch: Batch) -> list[bool]:
     The batch must be as it was read then: the same preprocessing, collation and dtype.
     """
     hashes = set(forgotten["hashes"])
-    return [_hash(one, forgotten["salt"]) in hashes for one in batches.sample_ids(batch)]
+    salt = forgotten["salt"]
+    return [_hash(fingerprint, salt) in hashes for fingerprint in batches.sample_ids(batch)]
 
 
 def _hash(fingerprint: int, salt: str) -> str:

@@ -1,12 +1,17 @@
-"""A report as Markdown, and as the section of a model card."""
+"""A report as Markdown, and as the section of a model card. Text of the report is text there: no
+markup, no line of its own."""
 
 from __future__ import annotations
 
+import re
+from html import escape
+
 from deepclean_hooks.report import rows
-from deepclean_hooks.report.rows import Told
+from deepclean_hooks.report.stored_report import Document
+from deepclean_hooks.report.verify import printable
 
 
-def markdown(report: Told) -> str:
+def markdown(report: Document) -> str:
     """The whole report: what was asked and done, the table, the caveats, how to verify."""
     lines = ["# Unlearning report", ""]
     lines += [*_list("What was asked", rows.asked(report))]
@@ -18,49 +23,53 @@ def markdown(report: Told) -> str:
     return "\n".join(lines)
 
 
-def model_card(report: Told) -> str:
+def model_card(report: Document) -> str:
     """A section `## Unlearning` to append to the README.md of a model on the Hugging Face Hub."""
     lines = ["## Unlearning", ""]
-    lines += [" ".join([*rows.asked(report), *rows.done(report)]), ""]
+    lines += [" ".join(map(text, [*rows.asked(report), *rows.done(report)])), ""]
     lines += [*_table(report), ""]
-    lines += ["Limits:", "", *(f"- {_safe(text)}" for text in rows.caveats(report)), ""]
+    lines += ["Limits:", "", *(f"- {text(caveat)}" for caveat in rows.caveats(report)), ""]
     lines += ["Verification:", "", *_verify(report), ""]
     return "\n".join(lines)
 
 
+def text(value: object) -> str:
+    """A text as Markdown that shows it and does nothing else: one line, no markup, no link."""
+    line = escape(printable(" ".join(str(value).split())), quote=False)
+    line = re.sub(r"([\\`*\[\]|~#!]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+    return line.replace("://", ":&#47;/").replace("www.", "www&#46;").replace("@", "&#64;")
+
+
+def _code(value: object) -> str:
+    return f"`{printable(' '.join(str(value).split())).replace('`', chr(39))}`"
+
+
 def _list(title: str, items: list[str]) -> list[str]:
-    return [f"## {title}", "", *(f"- {_safe(item)}" for item in items), ""]
+    return [f"## {title}", "", *(f"- {text(item)}" for item in items), ""]
 
 
-def _table(report: Told) -> list[str]:
-    found = rows.rows(report)
-    if not found:
-        return ["The model was not scored."]
+def _table(report: Document) -> list[str]:
+    lines = [
+        f"| {' | '.join(map(text, row.cells()))} | {text(row.verdict)} |"
+        for row in rows.rows(report)
+    ]
     head = "| | original | unlearned | retrained | gap | verdict |"
-    lines = [head, "| --- | ---: | ---: | ---: | ---: | --- |"]
-    return lines + [f"| {' | '.join(row.cells())} | {row.verdict} |" for row in found]
+    ruler = "| --- | ---: | ---: | ---: | ---: | --- |"
+    return [head, ruler, *lines] if lines else ["The model was not scored."]
 
 
-def _attacks(report: Told) -> list[str]:
-    found = rows.attacks(report)
-    if not found:
-        return []
-    lines = ["## How the attackers worked", ""]
-    for name, one in found:
-        lines.append(
-            f"- **{name.replace('_', ' ')}**: looks at: {_safe(one['feature'])}; attacker: "
-            f"`{one['attacker']}`; fitted on {_safe(one['fitted_on'])}. "
-            f"Reading: {_safe(one['orientation'])}."
-        )
-    return [*lines, ""]
+def _attacks(report: Document) -> list[str]:
+    lines = [
+        f"- **{text(name)}**: looks at: {text(attack['feature'])}; attacker: "
+        f"{_code(attack['attacker'])}; fitted on {text(attack['fitted_on'])}. "
+        f"Reading: {text(attack['orientation'])}."
+        for name, attack in rows.attacks(report)
+    ]
+    return ["## How the attackers worked", "", *lines, ""] if lines else []
 
 
-def _verify(report: Told) -> list[str]:
+def _verify(report: Document) -> list[str]:
     lines = ["```bash", rows.VERIFY, rows.VERIFY_BOTH, "```", ""]
-    lines += [f"- SHA-256 of the {what}: `{value}`" for what, value in rows.digests(report)]
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
+    lines += [f"- SHA-256 of the {what}: {_code(value)}" for what, value in rows.digests(report)]
+    versions = ", ".join(f"{text(name)} {text(v)}" for name, v in report["versions"].items())
     return [*lines, f"- versions: {versions}"]
-
-
-def _safe(text: str) -> str:
-    return str(text).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from deepclean_hooks.report import html, markdown
-
-SCHEMA = 2
+from deepclean_hooks.report import html, markdown, small_sets
+from deepclean_hooks.report.stored_report import SCHEMA
+from deepclean_hooks.report.verify import printable
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Report:
     `effect`: what became of the selected entries. `may_change_entries`: those selected or free to
     train; all others are frozen. `forgotten`: salted hashes of the forget samples, and the salt.
     `checkpoint_before` and `checkpoint_after`: SHA-256 of each tensor of the model's state_dict.
+    `tied`: each further name there of a tensor that has an earlier one, and that.
     `gamma_choice`: how gamma="auto" was settled, the rule and the trials; empty where gamma was
     given.
     """
@@ -73,38 +74,52 @@ class Report:
     forgotten: dict[str, Any] = field(default_factory=dict)
     checkpoint_before: dict[str, str] = field(default_factory=dict)
     checkpoint_after: dict[str, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
     gamma_choice: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+    def to_dict(self, *, exact: bool = False) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts.
 
-    def to_json(self, *, indent: int | None = 2) -> str:
-        """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=indent, default=str)
+        Losses, classes and attacks of sets and classes of fewer than ten samples are left out, and
+        `withheld` says so: they tell of single samples. An auditor gets them with `exact`.
+        """
+        told = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {**told, "withheld": {}} if exact else small_sets.withheld(told)
+
+    def to_json(self, *, indent: int | None = 2, exact: bool = False) -> str:
+        """The report as JSON text; `exact` as in `to_dict`."""
+        return json.dumps(self.to_dict(exact=exact), indent=indent, default=str)
 
     def to_html(
         self,
         sweep: Mapping[str, Any] | None = None,
         compared: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        exact: bool = False,
     ) -> str:
         """The report as one self-contained page for a reader who is no engineer; `sweep`, the
         `to_dict()` of a gamma sweep, adds its curves, and `compared`, the `to_dict()` of the
-        evaluation of each method by its name, a table of the methods side by side."""
-        return html.page(self.to_dict(), sweep, compared)
+        evaluation of each method by its name, a table of the methods side by side; `exact` as in
+        `to_dict`."""
+        shown = {
+            method: evaluation if exact else small_sets.evaluation(evaluation)
+            for method, evaluation in (compared or {}).items()
+        }
+        return html.page(self.to_dict(exact=exact), sweep, shown)
 
-    def to_markdown(self) -> str:
-        """The report as Markdown."""
-        return markdown.markdown(self.to_dict())
+    def to_markdown(self, *, exact: bool = False) -> str:
+        """The report as Markdown; `exact` as in `to_dict`."""
+        return markdown.markdown(self.to_dict(exact=exact))
 
-    def to_model_card(self) -> str:
-        """A section for the README.md of the model on the Hugging Face Hub."""
-        return markdown.model_card(self.to_dict())
+    def to_model_card(self, *, exact: bool = False) -> str:
+        """A section for the README.md of the model on the Hugging Face Hub; `exact` as in
+        `to_dict`."""
+        return markdown.model_card(self.to_dict(exact=exact))
 
     def __str__(self) -> str:
         """The report as a page of text."""
         blocks = (self._request(), self._selection(), self._held(), self._scores(), self._origin())
-        return "\n".join(line for block in blocks for line in block)
+        return "\n".join(printable(line) for block in blocks for line in block)
 
     def _request(self) -> list[str]:
         settings = ", ".join(f"{k}={v!r}" for k, v in self.settings.items())
@@ -171,21 +186,20 @@ class Report:
 def _score_line(score: dict[str, Any]) -> str:
     """Accuracies and membership rate of an evaluation in one line, each with its gap to gold where
     there is one."""
-    gaps = score["gaps"]
+    figures, gaps = score["figures"], score["gaps"]
 
-    def told(name: str, figure: float, unit: str) -> str:
+    def words(name: str) -> str:
         gap = f" ({gaps[name]:+.2f} to gold)" if name in gaps else ""
-        return f"{figure:.2f} {unit}{gap}"
+        return f"{figures[name]:.2f} %{gap}"
 
-    parts = [
-        f"{name} {told(f'{name}.accuracy', one['accuracy'], '%')}"
-        for name, one in score["sets"].items()
-    ]
-    found = score["membership"]
-    if found["rate"] is None:
-        parts.append(f"membership not computed ({found['reason']})")
+    parts = [f"{name} {words(f'{name}.accuracy')}" for name in score["sets"]]
+    rate = "attack.entropy_regression.rate"
+    if rate in figures:
+        parts.append(f"{words(rate)} of forget called members")
     else:
-        parts.append(f"{told('membership.rate', found['rate'], '%')} of forget called members")
+        attack = score["attacks"].get("entropy_regression", {})
+        reason = attack.get("reasons", {}).get("rate", "not asked for")
+        parts.append(f"membership not computed ({reason})")
     return "accuracy " + ", ".join(parts)
 
 

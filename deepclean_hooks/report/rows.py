@@ -4,23 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
-Told = Mapping[str, Any]
+from deepclean_hooks.report.small_sets import LEAST, WHY
+from deepclean_hooks.report.stored_report import Document
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of the original, the unlearned and the gold models, and what to make of it."""
+    """One figure of the original, the unlearned and the gold models, and what to make of it.
 
+    `within`: whether the gap is within what the gold models differ by; None where that is unknown.
+    """
+
+    name: str
     label: str
     meaning: str
-    before: float | None
-    after: float | None
-    gold: float | None
-    gap: float | None
-    verdict: str
     unit: str
+    before: float | None = None
+    after: float | None = None
+    gold: float | None = None
+    gap: float | None = None
+    verdict: str = ""
+    within: bool | None = None
 
     def cells(self) -> tuple[str, str, str, str, str]:
         """The label and the figures as text, a dash where there is none."""
@@ -42,6 +48,104 @@ class Row:
         return f"{value:.{self._digits}f}{' %' if self.unit == '%' else ''}"
 
 
+class Figure(NamedTuple):
+    """How a figure of an evaluation is shown; `compared`: also where methods stand side by side."""
+
+    name: str
+    label: str
+    meaning: str
+    unit: str = "%"
+    compared: bool = False
+
+
+FIGURES = (
+    Figure(
+        "retain.accuracy",
+        "Accuracy, data kept",
+        "how often the model is right on what it may keep; should stay high",
+        compared=True,
+    ),
+    Figure(
+        "test.accuracy",
+        "Accuracy, new data",
+        "how often it is right on data it never saw; should stay high",
+        compared=True,
+    ),
+    Figure(
+        "forget.accuracy",
+        "Accuracy, forgotten data",
+        "should be that of a model that never saw them, no higher and no lower",
+        compared=True,
+    ),
+    Figure(
+        "forget_test.accuracy",
+        "Accuracy, new data like the forgotten",
+        "unseen data of the same kind, such as the forgotten class",
+    ),
+    Figure(
+        "forget.loss",
+        "Loss, forgotten data",
+        "how surprised the model is by the forgotten data",
+        "",
+    ),
+    Figure(
+        "attack.entropy_regression.rate",
+        "Called training data (entropy)",
+        "share of the forgotten data that an attacker takes for training data",
+        compared=True,
+    ),
+    Figure(
+        "attack.confidence_svc.efficacy",
+        "Called new data (confidence)",
+        "share of the forgotten data that an attacker takes for new data; higher is forgotten",
+    ),
+    Figure(
+        "attack.loss_regression.accuracy",
+        "Told from new data (loss)",
+        "how often an attacker tells forgotten from new data: 50 % is guessing, and best",
+        compared=True,
+    ),
+    Figure(
+        "attack.threshold_loss.auc",
+        "Told from new data (loss, AUC)",
+        "0.5 is best; near 1 the forgotten data are recognised, near 0 they stand out as strange",
+        "",
+    ),
+    Figure(
+        "attack.rmia.auc",
+        "Told from new data (RMIA, AUC)",
+        "the same by an attacker who compares with retrained models",
+        "",
+        compared=True,
+    ),
+    Figure(
+        "attack.rmia.tpr_at_1_percent_fpr",
+        "Caught with 1 % false alarms (RMIA)",
+        "share of the forgotten data that are recognised almost for sure; 1 % is guessing",
+    ),
+    Figure("probe", "Class still readable inside", "linear probe on the last features"),
+    Figure("zrf", "ZRF", "likeness of the outputs to an untrained model's", ""),
+    Figure(
+        "attack.ulira.auc",
+        "Told from retrained models (U-LiRA, AUC)",
+        "by an attacker who has many models of either kind and looks at single samples; 0.5 is "
+        "best",
+        "",
+    ),
+    Figure(
+        "relearn",
+        "Steps to learn them again",
+        "far fewer than a retrained model needs mean that they were hidden, not gone",
+        "steps",
+        compared=True,
+    ),
+    Figure(
+        "klom",
+        "Distance of margins (KLoM)",
+        "of many unlearned models from retrained ones, sample by sample, in nats; 0 is the same",
+        "",
+    ),
+)
 PHASES = {
     "evaluate": "scoring",
     "fisher": "measuring",
@@ -51,195 +155,76 @@ PHASES = {
     "dead": "looking for weights that cannot be trained",
     "fine-tune": "training",
 }
-
-# (figure, label, meaning, unit)
-FIGURES = (
-    (
-        "retain.accuracy",
-        "Accuracy, data kept",
-        "how often the model is right on what it may keep; should stay high",
-        "%",
-    ),
-    (
-        "test.accuracy",
-        "Accuracy, new data",
-        "how often it is right on data it never saw; should stay high",
-        "%",
-    ),
-    (
-        "forget.accuracy",
-        "Accuracy, forgotten data",
-        "should be that of a model that never saw them, no higher and no lower",
-        "%",
-    ),
-    (
-        "forget_test.accuracy",
-        "Accuracy, new data like the forgotten",
-        "unseen data of the same kind, such as the forgotten class",
-        "%",
-    ),
-    ("forget.loss", "Loss, forgotten data", "how surprised the model is by the forgotten data", ""),
-    (
-        "membership.rate",
-        "Called training data (entropy)",
-        "share of the forgotten data that an attacker takes for training data",
-        "%",
-    ),
-    (
-        "attack.confidence_svc.efficacy",
-        "Called new data (confidence)",
-        "share of the forgotten data that an attacker takes for new data; higher is forgotten",
-        "%",
-    ),
-    (
-        "attack.loss_regression.accuracy",
-        "Told from new data (loss)",
-        "how often an attacker tells forgotten from new data: 50 % is guessing, and best",
-        "%",
-    ),
-    (
-        "attack.threshold_loss.auc",
-        "Told from new data (loss, AUC)",
-        "0.5 is best; near 1 the forgotten data are recognised, near 0 they stand out as strange",
-        "",
-    ),
-    (
-        "attack.rmia.auc",
-        "Told from new data (RMIA, AUC)",
-        "the same by an attacker who compares with retrained models",
-        "",
-    ),
-    (
-        "attack.rmia.tpr_at_1_percent_fpr",
-        "Caught with 1 % false alarms (RMIA)",
-        "share of the forgotten data that are recognised almost for sure; 1 % is guessing",
-        "%",
-    ),
-    ("probe", "Class still readable inside", "linear probe on the last features", "%"),
-    ("zrf", "ZRF", "likeness of the outputs to an untrained model's", ""),
-    (
-        "attack.ulira.auc",
-        "Told from retrained models (U-LiRA, AUC)",
-        "by an attacker who has many models of either kind and looks at single samples; 0.5 is "
-        "best",
-        "",
-    ),
-    (
-        "relearn",
-        "Steps to learn them again",
-        "far fewer than a retrained model needs mean that they were hidden, not gone",
-        "steps",
-    ),
-    (
-        "klom",
-        "Distance of margins (KLoM)",
-        "of many unlearned models from retrained ones, sample by sample, in nats; 0 is the same",
-        "",
-    ),
-)
-# Of FIGURES, those by which methods are put side by side.
-COMPARED = (
-    "retain.accuracy",
-    "test.accuracy",
-    "forget.accuracy",
-    "membership.rate",
-    "attack.loss_regression.accuracy",
-    "attack.rmia.auc",
-    "relearn",
-)
+VERIFY = "python -m deepclean_hooks verify report.json CHECKPOINT"
+VERIFY_BOTH = f"{VERIFY} --original CHECKPOINT_BEFORE"
 
 
-def figures_of(score: Any) -> dict[str, float]:
-    """The figures of an evaluation's dict by name, as `Evaluation.figures` has them."""
-    if not isinstance(score, Mapping):
-        return {}
-    found: dict[str, float] = {}
-    for name, one in score.get("sets", {}).items():
-        for figure in ("accuracy", "loss", "calibration_error"):
-            if figure in one:
-                found[f"{name}.{figure}"] = one[figure]
-        for label, of_class in one.get("per_class", {}).items():
-            for figure in ("accuracy", "loss"):
-                found[f"{name}.{label}.{figure}"] = of_class[figure]
-    if score.get("membership", {}).get("rate") is not None:
-        found["membership.rate"] = score["membership"]["rate"]
-    for name, attack in score.get("attacks", {}).items():
-        found |= {f"attack.{name}.{figure}": v for figure, v in attack["figures"].items()}
-    for name in ("probe", "zrf", "relearn", "klom"):
-        if score.get(name, {}).get("value") is not None:
-            found[name] = score[name]["value"]
-    return found
+def score(report: Document, when: str) -> Document:
+    """The evaluation `before` or `after`, empty where there is none."""
+    evaluation = report["scores"].get(when)
+    return evaluation if isinstance(evaluation, Mapping) else {}
 
 
-def compared(evaluations: Mapping[str, Told]) -> dict[str, list[Row]]:
-    """The rows of COMPARED for each of several methods that any of them has a figure of."""
-    tables = {
-        name: {row.label: row for row in rows({"scores": {"after": one}})}
-        for name, one in evaluations.items()
-    }
-    labels = [label for name, label, _, _ in FIGURES if name in COMPARED]
-    shown = [label for label in labels if any(label in table for table in tables.values())]
-    nothing = Row("", "", None, None, None, None, "", "")
-    return {
-        name: [table.get(label, replace(nothing, label=label)) for label in shown]
-        for name, table in tables.items()
-    }
-
-
-def rows(report: Told) -> list[Row]:
+def rows(report: Document) -> list[Row]:
     """The figures that a page shows, in order; those that neither evaluation has are left out."""
-    scores = report["scores"]
-    before, after = (figures_of(scores.get(when)) for when in ("before", "after"))
-    final: Told = scores["after"] if isinstance(scores.get("after"), Mapping) else {}
-    gaps, spread = final.get("gaps", {}), final.get("spread", {})
-    return [
-        Row(
-            label,
-            meaning,
-            before.get(name),
-            after.get(name),
-            spread[name]["mean"] if name in spread else None,
-            gaps.get(name),
-            _verdict(name, final, unit),
-            unit,
-        )
-        for name, label, meaning, unit in FIGURES
-        if name in before or name in after
+    return _rows(score(report, "before"), score(report, "after"))
+
+
+def compared(evaluations: Mapping[str, Document]) -> dict[str, list[Row]]:
+    """The rows by which methods are compared, for each method, that any of them has a figure of."""
+    tables = {
+        method: {row.name: row for row in _rows({}, evaluation)}
+        for method, evaluation in evaluations.items()
+    }
+    shown = [
+        figure
+        for figure in FIGURES
+        if figure.compared and any(figure.name in table for table in tables.values())
     ]
+    return {
+        method: [table.get(figure.name, Row(*figure[:4])) for figure in shown]
+        for method, table in tables.items()
+    }
 
 
-def _verdict(name: str, final: Told, unit: str) -> str:
-    spread = final.get("spread", {}).get(name)
-    if spread is None or name not in final.get("gaps", {}):
-        return "nothing to compare with"
-    within = final.get("within_spread", {}).get(name)
+def _rows(before: Document, after: Document) -> list[Row]:
+    was, now = before.get("figures", {}), after.get("figures", {})
+    spread, gaps = after.get("spread", {}), after.get("gaps", {})
+    lines = []
+    for figure in FIGURES:
+        name = figure.name
+        if name in was or name in now:
+            gold = spread[name]["mean"] if name in spread else None
+            row = Row(*figure[:4], was.get(name), now.get(name), gold, gaps.get(name))
+            lines.append(_judged(row, after))
+    return lines
+
+
+def _judged(row: Row, after: Document) -> Row:
+    spread = after.get("spread", {}).get(row.name)
+    if spread is None or row.gap is None:
+        return replace(row, verdict="nothing to compare with")
+    within = after.get("within_spread", {}).get(row.name)
     if within is None:
-        return "one retrained model only"
+        return replace(row, verdict="one retrained model only")
     width = spread["highest"] - spread["lowest"]
-    told = f"{width:.1f} points" if unit == "%" else f"{width:.3f}"
-    return f"{'within' if within else 'beyond'} the spread ({told})"
+    words = f"{width:.1f} points" if row.unit == "%" else f"{width:.3f}"
+    verdict = f"{'within' if within else 'beyond'} the spread ({words})"
+    return replace(row, verdict=verdict, within=within)
 
 
-def golds(report: Told) -> int:
+def golds(report: Document) -> int:
     """How many gold models the final evaluation was compared with."""
-    after = report["scores"].get("after")
-    spread = after.get("spread", {}) if isinstance(after, Mapping) else {}
-    return max((one["count"] for one in spread.values()), default=0)
+    spread = score(report, "after").get("spread", {})
+    return max((among["count"] for among in spread.values()), default=0)
 
 
-def effect(report: Told) -> str:
-    """What became of the selected entries."""
-    return str(report.get("effect", "reset to 0"))  # an older report has no other method's words
-
-
-def frozen(report: Told) -> int:
+def frozen(report: Document) -> int:
     """How many trainable entries were neither selected nor free to train."""
-    # In what older reports are of, only the selected entries were free.
-    may_change = report.get("may_change_entries", report["selected_entries"])
-    return int((report["trainable_entries"] or 0) - (may_change or 0))
+    return int((report["trainable_entries"] or 0) - (report["may_change_entries"] or 0))
 
 
-def asked(report: Told) -> list[str]:
+def asked(report: Document) -> list[str]:
     """What was asked, in sentences."""
     settings = ", ".join(f"{name} = {value}" for name, value in report["settings"].items())
     lines = []
@@ -251,12 +236,12 @@ def asked(report: Told) -> list[str]:
     return [*lines, f"Method: {report['method']}" + (f" ({settings})." if settings else ".")]
 
 
-def done(report: Told) -> list[str]:
+def done(report: Document) -> list[str]:
     """What was done, in sentences; phases that have not happened are left out."""
     lines = []
-    choice = report.get("gamma_choice")
+    choice = report["gamma_choice"]
     if choice:
-        tried = ", ".join(f"{one['gamma']:g}" for one in choice["trials"])
+        tried = ", ".join(f"{trial['gamma']:g}" for trial in choice["trials"])
         lines.append(
             f"gamma = {choice['gamma']:g} was chosen out of {tried} without test data: "
             f"{choice['reason']}. Rule: {choice['rule']}."
@@ -264,21 +249,20 @@ def done(report: Told) -> list[str]:
     if report["selected_entries"]:
         lines.append(
             f"{report['selected_entries']:,} of {report['trainable_entries']:,} weights "
-            f"({100 * report['selected_fraction']:.1f} %) were selected and {effect(report)}. "
+            f"({100 * report['selected_fraction']:.1f} %) were selected and {report['effect']}. "
             f"Criterion: {report['criterion']}."
         )
     elif report["selected_entries"] is not None:
         lines.append("No weight was selected.")
     if report["optimizer_steps"]:
         lines.append(f"Training followed, in {report['optimizer_steps']:,} steps.")
-    held = frozen(report)
-    if report["frozen_entries_moved"] is not None and held:
-        moved = report["frozen_entries_moved"]
+    held, moved = frozen(report), report["frozen_entries_moved"]
+    if moved is not None and held:
         lines.append(
             f"The {held:,} other weights were held: compared bit for bit at the end, "
             + ("none had changed." if not moved else f"{moved:,} HAD CHANGED.")
         )
-    elif report["frozen_entries_moved"] is not None:
+    elif moved is not None:
         lines.append("No weight was held: every one was free to train.")
     if report["seconds"]:
         spent = ", ".join(f"{PHASES.get(p, p)} {s:.1f} s" for p, s in report["seconds"].items())
@@ -288,12 +272,13 @@ def done(report: Told) -> list[str]:
     return lines
 
 
-def caveats(report: Told) -> list[str]:
+def caveats(report: Document) -> list[str]:
     """What the figures do not show, in plain words."""
     count, after = golds(report), report["scores"].get("after")
     lines = [f"The run warned: {text}." for text in report["warnings"]]
     if isinstance(after, str):
         lines.append(f"The final scores were {after}.")
+    lines += _withheld(report)
     if count == 0:
         lines.append(
             "No model retrained without the forgotten data was given. Nothing here shows that the "
@@ -311,7 +296,7 @@ def caveats(report: Told) -> list[str]:
             "model would fail one such comparison in four (with five, one in eleven), so a single "
             "failure means little."
         )
-    lines += _of_the_outcome(after)
+    lines += _of_the_outcome(score(report, "after"))
     lines += [
         "The attacks judge the forgotten data as a whole. A single person's sample may be exposed "
         "although the average is not; only attacks with pools of models (U-LiRA) look at that.",
@@ -330,18 +315,40 @@ def caveats(report: Told) -> list[str]:
     return lines
 
 
-def _of_the_outcome(after: Any) -> list[str]:
-    if not isinstance(after, Mapping):
-        return []
+def _withheld(report: Document) -> list[str]:
+    """What was left out because it tells of single samples, or what of them is told."""
+    left_out = report.get("withheld", {})
     lines = []
-    gaps, within = after.get("gaps", {}), after.get("within_spread", {})
-    gap = gaps.get("forget.accuracy", 0.0)
-    if gap < -1 and not within.get("forget.accuracy", False):
+    if left_out:
+        small = ", ".join(left_out["sets"])
+        classes = ", ".join(left_out["classes"])
+        parts = [f"of the sets {small}"] if small else []
+        parts += [f"of single classes of {classes}"] if classes else []
+        lines.append(
+            f"Losses, classes, distributions and attacks {' and '.join(parts)} are withheld: "
+            f"figures of fewer than {left_out['least']} samples tell the class and the exact loss "
+            "of single ones, by which they can be recognised. An auditor gets them with exact=True."
+        )
+    sets = score(report, "after").get("sets", {})
+    least = min((of_set["count"] for of_set in sets.values() if "loss" in of_set), default=None)
+    if least is not None and least < LEAST:
+        lines.append(
+            f"This page shows exact figures of a set of {least}: they tell the class and the loss "
+            "of single samples, by which these can be recognised. Keep it from the public."
+        )
+    return lines
+
+
+def _of_the_outcome(after: Document) -> list[str]:
+    lines = []
+    gap = after.get("gaps", {}).get("forget.accuracy", 0.0)
+    within = after.get("within_spread", {}).get("forget.accuracy", False)
+    if gap < -1 and not within:
         lines.append(
             f"The model is right on the forgotten data {-gap:.1f} percentage points less often "
             "than a retrained one: it forgot more than it should, which can be noticed."
         )
-    if gap > 1 and not within.get("forget.accuracy", False):
+    if gap > 1 and not within:
         lines.append(
             f"The model is right on the forgotten data {gap:.1f} percentage points more often "
             "than a retrained one: some of it may still be there."
@@ -349,28 +356,25 @@ def _of_the_outcome(after: Any) -> list[str]:
     missing: dict[str, list[str]] = {}
     for name, attack in after.get("attacks", {}).items():
         for figure, reason in attack["reasons"].items():
+            if reason == WHY:
+                continue
             missing.setdefault(f"{figure.replace('_', ' ')}: {reason}", []).append(name)
-    for told, names in missing.items():
+    for figure, names in missing.items():
         words = ", ".join(name.replace("_", " ") for name in names)
-        lines.append(f"Not computed, for the attacks {words}: {told}.")
+        lines.append(f"Not computed, for the attacks {words}: {figure}.")
     return lines
 
 
-def attacks(report: Told) -> list[tuple[str, Told]]:
-    """(name, description) of every attack of the final evaluation, the entropy attack first."""
-    after = report["scores"].get("after")
-    if not isinstance(after, Mapping):
-        return []
-    found: Told = after.get("membership", {})
-    first = [("entropy regression", found)] if found.get("rate") is not None else []
-    return [*first, *((n, one) for n, one in after.get("attacks", {}).items() if one["figures"])]
+def attacks(report: Document) -> list[tuple[str, Document]]:
+    """(name in words, description) of every attack of the final evaluation that has figures."""
+    return [
+        (name.replace("_", " "), attack)
+        for name, attack in score(report, "after").get("attacks", {}).items()
+        if attack["figures"]
+    ]
 
 
-def digests(report: Told) -> list[tuple[str, str]]:
+def digests(report: Document) -> list[tuple[str, str]]:
     """(what, SHA-256) of the model before and after."""
     pairs = (("before", report["model_before"]), ("after", report["model_after"]))
     return [(f"model {when}", value) for when, value in pairs if value]
-
-
-VERIFY = "python -m deepclean_hooks verify report.json CHECKPOINT"
-VERIFY_BOTH = f"{VERIFY} --original CHECKPOINT_BEFORE"

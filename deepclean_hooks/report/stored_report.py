@@ -95,26 +95,30 @@ _CHOICE = {
 }
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The report of a file; raises ValueError that names what is wrong with it."""
+class UnknownSchema(ValueError):
+    """A report of another version, whose fields may mean something else."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds, unchecked; raises ValueError if that is no object."""
     try:
         loaded = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_name_twice)
     except RecursionError as reason:
         raise ValueError(f"{path} holds no report: it is nested too deeply") from reason
     except ValueError as reason:
         raise ValueError(f"{path} holds no report: {reason}") from reason
-    return checked(loaded)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds no report: it is not an object with fields")
+    return loaded
 
 
-def checked(report: Any) -> dict[str, Any]:
+def checked(report: Document) -> dict[str, Any]:
     """A report of a known schema in the layout of today's, every field of the type that
     docs/report-schema.md gives it; raises ValueError for anything else."""
-    if not isinstance(report, Mapping):
-        raise ValueError(f"a report is an object with fields, this is a {type(report).__name__}")
     schema = report.get("schema")
     if schema not in SCHEMAS or isinstance(schema, bool):
         known = " and ".join(map(str, SCHEMAS))
-        raise ValueError(f"schema {schema!r} is not known; known are {known}")
+        raise UnknownSchema(f"schema {_shown(schema)} is not known; known are {known}")
     current = copy.deepcopy(dict(report)) if schema == SCHEMA else _of_schema_2(report)
     _require(current, _REPORT, "report")
     if current["forgotten"]:
@@ -169,7 +173,12 @@ def _words(kind: Any) -> str:
         return " or ".join(map(_words, kind))
     if isinstance(kind, list | dict):
         return "a list" if isinstance(kind, list) else "an object"
-    names: dict[Any, str] = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+    names: dict[Any, str] = {
+        str: "text",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+    }
     return "null" if kind is None else names.get(kind, "an object")
 
 
@@ -206,9 +215,11 @@ def _of_schema_2(report: Document) -> dict[str, Any]:
         forgotten["hashes"] = list(counts)
         forgotten["repeated"] = {value: count for value, count in counts.items() if count > 1}
     scores = current.get("scores")
-    for when, score in scores.items() if isinstance(scores, dict) else ():
-        if isinstance(score, dict):
-            scores[when] = evaluation_of_schema_2(score)
+    if isinstance(scores, dict):
+        current["scores"] = {
+            when: evaluation_of_schema_2(score) if isinstance(score, dict) else score
+            for when, score in scores.items()
+        }
     return current
 
 

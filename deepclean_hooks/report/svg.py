@@ -1,4 +1,4 @@
-"""Small charts as SVG text for a page that needs no script and no network.
+"""Small charts as SVG for a page that needs no script and no network, and for files.
 
 Every chart is 440 units wide, so that its letters can still be read on a telephone.
 """
@@ -8,11 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 66, 24, 14, 46
-_LEGEND_LINE = 18
+
+# Every text that is put into a template is escaped.
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 @dataclass(frozen=True)
@@ -43,46 +54,45 @@ class Axis:
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low) if high > low else 0.5
 
+    def along(self, start: float, end: float) -> list[tuple[float, str]]:
+        """The ticks, placed between two coordinates."""
+        return [(start + self.at(value) * (end - start), text) for value, text in self.ticks]
 
-def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str) -> str:
+
+def chart(lines: Sequence[Line], x: Axis, y: Axis, *, title: str) -> Markup:
     """Lines over two axes, with a legend below."""
-    rows = math.ceil(len(lines) / 2)
-    height = HEIGHT + rows * _LEGEND_LINE
-
-    def px(value: float) -> float:
-        return LEFT + x.at(value) * (WIDTH - LEFT - RIGHT)
-
-    def py(value: float) -> float:
-        return HEIGHT - BOTTOM - y.at(value) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [_open(height, title)]
-    for value, text in x.ticks:
-        parts.append(
-            f'<line x1="{px(value):.1f}" x2="{px(value):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}" '
-            'stroke="#e3e6ea"/>'
-            f'<text x="{px(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">'
-            f"{escape(text)}</text>"
+    left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    paths = [
+        " ".join(
+            f"{left + x.at(a) * (right - left):.1f},{bottom + y.at(b) * (top - bottom):.1f}"
+            for a, b in line.points
         )
-    for value, text in y.ticks:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(value):.1f}" y2="{py(value):.1f}" '
-            'stroke="#e3e6ea"/>'
-            f'<text x="{LEFT - 6}" y="{py(value) + 4:.1f}" text-anchor="end">{escape(text)}</text>'
-        )
-    middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text x="{middle_x}" y="{HEIGHT - 10}" text-anchor="middle">{escape(x.label)}</text>'
-        f'<text transform="translate(12 {middle_y}) rotate(-90)" text-anchor="middle">'
-        f"{escape(y.label)}</text>"
+        for line in lines
+    ]
+    return _drawn(
+        "chart.svg",
+        title=title,
+        drawn=list(zip(lines, paths, strict=True)),
+        x=x.label,
+        y=y.label,
+        x_ticks=x.along(left, right),
+        y_ticks=y.along(bottom, top),
+        frame=(left, right, top, bottom),
+        height=HEIGHT,
     )
-    for i, line in enumerate(lines):
-        path = " ".join(f"{px(a):.1f},{py(b):.1f}" for a, b in line.points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="2.2"'
-            f"{_dash(line)}/>"
-        )
-        parts.append(_legend(line, i))
-    return "".join(parts) + "</svg>"
+
+
+def bars(rows: Sequence[tuple[str, float, str]], *, title: str, colour: str) -> Markup:
+    """Horizontal bars: (name, share of 0 to 1, text beside it)."""
+    shown = [
+        (name if len(name) <= 27 else f"...{name[-25:]}", max(0.0, min(share, 1.0)), text)
+        for name, share, text in rows
+    ]
+    return _drawn("bars.svg", title=title, rows=shown, colour=colour)
+
+
+def _drawn(template: str, **values: object) -> Markup:
+    return Markup(TEMPLATES.get_template(template).render(width=WIDTH, **values))
 
 
 def steps(counts: Sequence[float], edges: Sequence[float]) -> list[tuple[float, float]]:
@@ -93,40 +103,6 @@ def steps(counts: Sequence[float], edges: Sequence[float]) -> list[tuple[float, 
     return [*points, (edges[-1], 0.0)]
 
 
-def bars(rows: Sequence[tuple[str, float, str]], *, title: str, colour: str) -> str:
-    """Horizontal bars: (name, share of 0 to 1, text beside it)."""
-    line, label, room = 19, 190, 66
-    height = line * len(rows) + 8
-    parts = [_open(height, title)]
-    for i, (name, share, text) in enumerate(rows):
-        y = 4 + i * line
-        length = max(0.0, min(share, 1.0)) * (WIDTH - label - room)
-        shown = name if len(name) <= 27 else f"...{name[-25:]}"
-        parts.append(
-            f'<text x="{label - 6}" y="{y + 13}" text-anchor="end">{escape(shown)}</text>'
-            f'<rect x="{label}" y="{y + 2}" width="{WIDTH - label - room}" height="13" '
-            'fill="#eef1f4"/>'
-            f'<rect x="{label}" y="{y + 2}" width="{length:.1f}" height="13" fill="{colour}"/>'
-            f'<text x="{WIDTH - room + 6}" y="{y + 13}">{escape(text)}</text>'
-        )
-    return "".join(parts) + "</svg>"
-
-
-def _open(height: float, title: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}" '
-        'xmlns="http://www.w3.org/2000/svg" font-size="12.5" fill="#39424e">'
-    )
-
-
-def _dash(line: Line) -> str:
-    return ' stroke-dasharray="6 4"' if line.dashed else ""
-
-
-def _legend(line: Line, index: int) -> str:
-    x = 16 + (index % 2) * (WIDTH - 16) / 2
-    y = HEIGHT + (index // 2) * _LEGEND_LINE + 8
-    return (
-        f'<line x1="{x}" x2="{x + 22}" y1="{y}" y2="{y}" stroke="{line.colour}" '
-        f'stroke-width="3"{_dash(line)}/><text x="{x + 28}" y="{y + 4}">{escape(line.name)}</text>'
-    )
+def percent(label: str) -> Axis:
+    """An axis from 0 to 100 per cent."""
+    return Axis(label, 0, 100, [(value, f"{value} %") for value in range(0, 101, 25)])

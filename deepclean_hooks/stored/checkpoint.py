@@ -58,18 +58,12 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 class Unknown:
     """An object of a class that was not loaded: what it was made of, and nothing that runs."""
 
-    parts: tuple[Any, ...] = ()
-
-    def __new__(cls, *parts: Any) -> Unknown:
-        made = super().__new__(cls)
-        made.parts = parts
-        return made
-
     def __init__(self, *parts: Any) -> None:
-        pass
+        self.parts = parts
 
     def __setstate__(self, state: Any) -> None:
-        self.parts = (*self.parts, state)
+        # One that was made without __init__, as copyreg does, has no parts yet.
+        self.parts = (*getattr(self, "parts", ()), state)
 
 
 def read(path: str | os.PathLike[str]) -> Any:
@@ -129,7 +123,7 @@ def walk(loaded: Any) -> Iterator[tuple[str, Any]]:
         elif isinstance(value, list | tuple):
             inside = list(enumerate(value))
         elif isinstance(value, Unknown):
-            inside = list(enumerate(value.parts))
+            inside = list(enumerate(getattr(value, "parts", ())))
         else:
             continue
         waiting += [(f"{place}.{key}" if place else str(key), part) for key, part in inside]

@@ -66,7 +66,9 @@ def _without_prefix(names: list[str]) -> Iterable[dict[str, str]]:
     cut = 0
     while True:
         yield {name: ".".join(p[cut:]) for name, p in parts.items()}
-        if len({p[cut] for p in parts.values()}) != 1 or any(len(p) < cut + 2 for p in parts.values()):
+        if len({p[cut] for p in parts.values()}) != 1 or any(
+            len(p) < cut + 2 for p in parts.values()
+        ):
             return
         cut += 1
 

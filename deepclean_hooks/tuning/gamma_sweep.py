@@ -20,6 +20,7 @@ from deepclean_hooks.methods.deepclean import DeepClean
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.ranks import fsdp
+from deepclean_hooks.report import curves
 from deepclean_hooks.tuning import copies
 from deepclean_hooks.tuning.copies import FineTune
 
@@ -85,17 +86,17 @@ class GammaSweep:
         return "; ".join(parts)
 
     def plot_selection(self, path: str | os.PathLike[str]) -> None:
-        """Draws the selected share of each parameter against gamma (the paper's Figure 3)."""
-        from deepclean_hooks.report.plots import selection
-
-        selection(self.to_dict(), path)
+        """Draws the selected share of each parameter against gamma (the paper's Figure 3) into an
+        SVG file."""
+        curves.write(curves.selection(self.to_dict()), path)
 
     def plot_behaviour(self, path: str | os.PathLike[str]) -> None:
-        """Draws the accuracies against gamma (the paper's Figure 4); raises ValueError if none were
-        computed."""
-        from deepclean_hooks.report.plots import behaviour
-
-        behaviour(self.to_dict(), path)
+        """Draws the accuracies against gamma (the paper's Figure 4) into an SVG file; raises
+        ValueError if none were computed."""
+        drawing = curves.behaviour(self.to_dict())
+        if drawing is None:
+            raise ValueError("the sweep has no figures to draw; run gamma_sweep with scores=True")
+        curves.write(drawing, path)
 
 
 def gamma_sweep(

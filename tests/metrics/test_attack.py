@@ -20,7 +20,8 @@ from torch.utils.data import Subset, TensorDataset
 
 from deepclean_hooks.metrics import attack
 from deepclean_hooks.metrics.attack import THRESHOLDS
-from deepclean_hooks.metrics.evaluate import Evaluation, evaluate
+from deepclean_hooks.metrics.evaluate import evaluate
+from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.metrics.outputs import Outputs, scores_of
 from deepclean_hooks.metrics.rmia import GAMMA, OFFLINE, scores
 from lab.planted import CLASSES, FORGET, RETAIN, SETS, TEST, gold, network, original

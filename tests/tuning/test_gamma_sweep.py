@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -119,13 +120,23 @@ def test_bad_gammas_are_refused_before_anything_is_measured() -> None:
 
 
 def test_plots_are_written(tmp_path: Path) -> None:
-    """Fails if a figure is empty or needs a display; or a sweep without figures draws nothing."""
-    pytest.importorskip("matplotlib")
+    """Fails if a figure lacks a line, is written under a name that promises another format, or a
+    sweep without figures draws nothing."""
     sweep = gamma_sweep(original(), FORGET, RETAIN, gammas=GAMMAS, fine_tune=tune)
     sweep.plot_selection(tmp_path / "3.svg")
-    sweep.plot_behaviour(tmp_path / "4.png")
-    assert "selected entries" in (tmp_path / "3.svg").read_text(encoding="utf-8")
-    assert (tmp_path / "4.png").stat().st_size > 5000
+    sweep.plot_behaviour(tmp_path / "4.svg")
+    for name, words in (
+        ("3.svg", {"selected entries", "all that may be selected", *sweep.entries}),
+        ("4.svg", {"accuracy", "data kept, W_f at 0", "forgotten data, fine-tuned"}),
+    ):
+        drawn = ElementTree.fromstring((tmp_path / name).read_text(encoding="utf-8"))
+        texts = {element.text for element in drawn.iter() if element.text}
+        assert words <= texts
+        lines = [element for element in drawn.iter() if element.tag.endswith("polyline")]
+        assert len(lines) == (len(sweep.entries) + 1 if name == "3.svg" else 4)
+        assert all(len(line.get("points", "").split()) == len(GAMMAS) for line in lines)
+    with pytest.raises(ValueError, match=r"written as \.svg"):
+        sweep.plot_selection(tmp_path / "3.png")
     bare = gamma_sweep(original(), FORGET, RETAIN, gammas=GAMMAS, scores=False)
     with pytest.raises(ValueError, match="scores=True"):
-        bare.plot_behaviour(tmp_path / "5.png")
+        bare.plot_behaviour(tmp_path / "5.svg")
