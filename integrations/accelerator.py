@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
-from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data
-from deepclean_hooks.guard.guard import NormStatistics
+from deepclean_hooks.integrations.beginning import begin, require_alike, take_up, verified
+from deepclean_hooks.integrations.loop import LoopRun
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.options import Options, require_known
 from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.session import Session
-from deepclean_hooks.stored import checkpoint, sealed
+from deepclean_hooks.stored import sealed
 from deepclean_hooks.stored.sealed import BrokenRun
+
+_WAY_OUT = (
+    "Prepare the model that was trained before accelerator.load_state(), take another checkpoint, "
+    "or begin anew from the original model"
+)
 
 
 class DeepCleanHook:
@@ -34,9 +41,11 @@ class DeepCleanHook:
     cannot be measured so (mixed precision for one) is measured whole by `reset()` before
     `accelerator.prepare`.
 
-    It is registered with the accelerator: `save_state` stores the masks, and after `load_state`,
-    called between making and entering it, nothing is measured or reset. The other arguments are
-    those of `Session` and `Session.measure`.
+    `accelerator.save_state` writes deepclean.pt, the masks and a digest of the weights, into its
+    folder. After `load_state` of such a folder, called between making and entering the hook,
+    nothing is measured or reset; a folder without that file is a start, such as the original
+    training's. Where `load_state` was called before the hook is made, pass `resume=` its folder.
+    `folder`: where report.json and report.txt are written. The options are those of `Session`.
     """
 
     def __init__(
@@ -47,48 +56,40 @@ class DeepCleanHook:
         forget: Data,
         retain: Data | Measurement,
         method: Method,
-        loss_fn: LossFn | None = None,
-        norm_statistics: NormStatistics = "update",
-        test: Data | None = None,
-        gold: nn.Module | Evaluation | None = None,
-        scores: bool = True,
-        batch_size: int | None = None,
-        collate_fn: Any = None,
-        progress: bool = True,
+        resume: str | Path | None = None,
+        folder: str | Path | None = None,
+        **options: Unpack[Options],
     ) -> None:
         """`accelerator` is yours: a second one would reset what both share.
 
         Raises ValueError for an engine under which no weight can be held, and for a method that
-        trains by an objective of its own.
+        trains by an objective of its own; BrokenRun for a `resume` folder without a run.
         """
         _refuse_engines(accelerator)
+        require_known(options, "DeepCleanHook")
         method.require_plain_training()
         self._accelerator, self._model, self._method = accelerator, model, method
         self._forget, self._retain = forget, retain
-        self._options: dict[str, Any] = {
-            "loss_fn": loss_fn,
-            "norm_statistics": norm_statistics,
-            "test": test,
-            "gold": gold,
-            "scores": scores,
-            "batch_size": batch_size,
-            "collate_fn": collate_fn,
-            "progress": progress,
-        }
-        self._run: Session | None = None
+        self._options, self._folder = options, folder
+        self._run: LoopRun | None = None
         self._kept: dict[str, Any] = {}  # the run, from the reset on
+        self._loaded: tuple[dict[str, Any], Path] | None = None  # not verified yet
         self._inside = False
-        accelerator.register_for_checkpointing(self)
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._load)
+        if resume is not None:
+            with ranks.fail_together():
+                path = Path(resume) / self._file_name()
+                self._loaded = (sealed.read(path), path)
 
     def reset(self) -> Session:
         """Measures, selects and resets now instead of on entry: before FSDP2 shards the model, for
         methods and settings that need it whole."""
-        if self._run is not None:
+        if self._run is not None or self._loaded is not None:
             raise RuntimeError("this hook has a run already; reset() comes once, before `with`")
+        require_alike(self._method, self._options, resumes=False)
         run = self._session()
-        run.measure(self._forget, self._retain)
-        run.select()
-        run.reset()
+        begin(run, self._forget, self._retain)
         self._keep(run)
         return run
 
@@ -103,10 +104,12 @@ class DeepCleanHook:
         for model in self._accelerator._models:
             if unwrap(model) is inner:
                 ranks.refuse_lossy_reduction(model)
-        if self._run is None:
+        if self._loaded is not None:
+            self._take_up(*self._loaded)
+        elif self._run is None:
             self.reset()
         assert self._run is not None
-        self._run.guard(*self._optimizers(inner))
+        self._run.set_guard(self._optimizers(inner))
         self._inside = True
         return self._run
 
@@ -122,6 +125,7 @@ class DeepCleanHook:
             if kind is None:
                 self._run.finish()
         finally:
+            self._inside = False
             self.close()
 
     def close(self) -> None:
@@ -129,45 +133,54 @@ class DeepCleanHook:
         if self._run is not None:
             self._run.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What `accelerator.save_state` stores: the run, and a digest of the weights it saved."""
+    # ------------------------------------------------------------------ save_state, load_state
+
+    # Files of ours, not `register_for_checkpointing`: Accelerate unpickles what is registered, so a
+    # file that somebody else wrote ran their code; and it refuses folders with another number.
+
+    def _save(self, models: list[nn.Module], weights: Any, folder: str) -> None:
         if not self._kept:
-            return {}
+            return
         progress = {} if self._run is None else self._run.so_far()
-        return sealed.seal({**self._kept, **progress}, self._model)
+        entry = sealed.seal({**self._kept, **progress}, self._model)  # all ranks, if it is sharded
+        with ranks.fail_together():
+            if self._writes():
+                sealed.write(entry, Path(folder) / self._file_name())
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a stored run; `accelerator.load_state` calls this when it has the weights.
-
-        Raises BrokenRun if the run was altered or the weights did not come back bit for bit.
-        """
+    def _load(self, models: list[nn.Module], folder: str) -> None:
         if self._inside:
             raise RuntimeError("call accelerator.load_state() before `with DeepCleanHook(...)`")
-        if not state:  # stored before the reset: there is nothing to take up
-            return
+        with ranks.fail_together():
+            path = Path(folder) / self._file_name()
+            _refuse_earlier_format(Path(folder))
+            self._loaded = (sealed.read(path), path) if path.is_file() else None
+
+    def _take_up(self, stored: dict[str, Any], path: Path) -> None:
+        require_alike(self._method, self._options, resumes=True)
+        state = verified(self._model, stored, str(path), _WAY_OUT)
         run = self._session()
-        with ranks.fail_together():
-            stored = sealed.opened(state, "the checkpoint")
-        found = checkpoint.model_digest(self._model)
-        with ranks.fail_together():
-            if found != state["model"]:
-                raise BrokenRun(
-                    "the weights that were loaded are not those that were saved with this run; "
-                    "prepare the model that was trained before accelerator.load_state(), take "
-                    "another checkpoint, or begin anew from the original model"
-                )
-        run.load_state_dict(stored)
-        run.watch(forget=self._forget)
-        if not isinstance(self._retain, Measurement):
-            run.watch(retain=self._retain)
+        take_up(run, state, self._forget, self._retain)
         self._keep(run)
+        self._loaded = None
+
+    def _file_name(self) -> str:
+        """By the place of the model among those prepared, as Accelerate names its own files."""
+        inner = unwrap(self._model)
+        places = [i for i, m in enumerate(self._accelerator._models) if unwrap(m) is inner]
+        return f"deepclean_{places[0]}.pt" if places and places[0] else "deepclean.pt"
+
+    def _writes(self) -> bool:
+        each_node: bool = self._accelerator.project_configuration.save_on_each_node
+        first: bool = self._accelerator.is_main_process
+        local: bool = self._accelerator.is_local_main_process
+        return local if each_node else first
 
     # ------------------------------------------------------------------ inside
 
-    def _session(self) -> Session:
-        return Session(self._model, self._method, **self._options)
+    def _session(self) -> LoopRun:
+        return LoopRun(self._model, self._method, folder=self._folder, **self._options)
 
-    def _keep(self, run: Session) -> None:
+    def _keep(self, run: LoopRun) -> None:
         self._run, self._kept = run, run.state_dict()
 
     def _optimizers(self, model: nn.Module) -> list[Optimizer]:
@@ -178,6 +191,20 @@ class DeepCleanHook:
             for optimizer in self._accelerator._optimizers
             if any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
         ]
+
+
+def _refuse_earlier_format(folder: Path) -> None:
+    """Raises BrokenRun for a run that an earlier version registered with the accelerator."""
+    for path in folder.glob("custom_checkpoint_*.pkl"):
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # somebody else's object, which is theirs to load
+            continue
+        if isinstance(stored, dict) and str(stored.get("format")).startswith("deepclean-hooks run"):
+            raise BrokenRun(
+                f"{path} holds the run of an earlier version of deepclean-hooks; finish it with "
+                "that version, or begin anew from the original model"
+            )
 
 
 def _refuse_engines(accelerator: Accelerator) -> None:

@@ -1,93 +1,61 @@
 """DeepCleanLightningCallback: unlearning inside a Lightning Trainer, whose train loader is D_r.
 
 All phases up to the guard happen in `on_train_start`: by then the processes have met, the
-checkpoint, if any, is loaded, and the optimizers are there; autocast is only around the steps.
+checkpoint, if any, is loaded, and the optimizers are there; autocast is only around the steps. The
+run is finished after the last event of the training, the strategy's: averages of the weights are
+written into the model before it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from deepclean_hooks import ranks
-from deepclean_hooks.data import losses
-from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data
-from deepclean_hooks.guard.guard import NormStatistics
-from deepclean_hooks.integrations.run_output import selection_figures, write_report
-from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods import DeepClean
-from deepclean_hooks.methods.method import Method
-from deepclean_hooks.metrics.evaluate import evaluate
-from deepclean_hooks.metrics.evaluation import Evaluation
-from deepclean_hooks.report.report import Report
-from deepclean_hooks.session import Session
-from deepclean_hooks.stored import checkpoint, sealed
-from deepclean_hooks.stored.sealed import BrokenRun
+from deepclean_hooks.guard.follow import follow, weakly
+from deepclean_hooks.integrations.beginning import verified
+from deepclean_hooks.integrations.callback import UnlearningCallback
+from deepclean_hooks.integrations.run_output import line_after, line_before, selection_figures
 
 KEY = "deepclean_hooks"  # in every checkpoint, beside the weights
+_WAY_OUT = (
+    "Take another checkpoint of a run with DeepCleanLightningCallback, or begin anew from the "
+    "original model, without ckpt_path"
+)
 
 
-class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the type checker
+class DeepCleanLightningCallback(UnlearningCallback, Callback):  # type: ignore[misc]  # Any to mypy
     """Unlearns `forget` in the LightningModule whose `fit` it is given to; `report` tells how it
     went.
 
     `retain` is the train loader by default, which must not hold the forget samples; `forget` and
-    `test` are loaders, or data sets read with the batch size and collate function of the train
-    loader. `forward(x)` of the LightningModule must return logits, or `loss_fn` says what to
+    the test sets are loaders, or data sets read with the batch size and collate function of the
+    train loader. `forward(x)` of the LightningModule must return logits, or `loss_fn` says what to
     measure. The other arguments are those of `Session`.
 
     Each checkpoint gets the masks and a digest of its weights. A resumed run neither measures nor
     resets, and refuses a checkpoint that did not come back bit for bit; a second `fit()` goes on
-    with the masks of the first. report.json and report.txt are written to `default_root_dir`, and
-    deepclean_* figures go to the Trainer's loggers.
+    with the masks of the first. report.json and report.txt are written to `folder`, by default
+    `default_root_dir`; deepclean_* figures go to the Trainer's loggers, two lines to its log.
     """
 
-    def __init__(
-        self,
-        forget: Data,
-        *,
-        method: Method | None = None,
-        retain: Data | Measurement | None = None,
-        loss_fn: LossFn | None = None,
-        norm_statistics: NormStatistics = "update",
-        test: Data | None = None,
-        gold: nn.Module | Evaluation | None = None,
-        scores: bool = True,
-    ) -> None:
-        """`method` is DeepClean() by default; one that trains by an objective of its own is
-        refused."""
-        self.method = method or DeepClean()
-        self.method.require_plain_training()
-        self._forget, self._retain, self._test = forget, retain, test
-        self._options: dict[str, Any] = {
-            "loss_fn": loss_fn,
-            "norm_statistics": norm_statistics,
-            "gold": gold,
-            "scores": scores,
-        }
-        self._run: Session | None = None
-        # Kept for the next call of fit(): whose run it was, and the run.
-        self._kept: tuple[weakref.ref[nn.Module], dict[str, Any]] | None = None
-        self._loaded: dict[str, Any] | None = None  # from the checkpoint that fit() begins with
-
-    @property
-    def report(self) -> Report:
-        """The account so far; complete after `fit()`."""
-        if self._run is None:
-            raise RuntimeError("there is no report before trainer.fit() has begun")
-        return self._run.report
+    _training = "trainer.fit()"
+    _loaded: dict[str, Any] | None = None  # from the checkpoint that fit() begins with
+    _unfollow: Callable[[], None] | None = None
 
     def close(self) -> None:
         """Takes every hook off the model and the optimizers; safe at any time, and twice."""
-        if self._run is not None:
-            self._run.close()
+        super().close()
+        if self._unfollow is not None:
+            self._unfollow()
+            self._unfollow = None
 
     # ------------------------------------------------------------------ events of the Trainer
 
@@ -95,7 +63,7 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
         """Refuses what cannot work before any time is spent."""
         if stage == "fit":
             _refuse_strategies(trainer)
-            if self._options["loss_fn"] is None and _no_forward(pl_module):
+            if self._options.get("loss_fn") is None and _no_forward(pl_module):
                 raise TypeError(
                     f"{type(pl_module).__name__} has no forward(), which is what is measured; "
                     "define forward(x) to return the logits, or pass loss_fn="
@@ -111,62 +79,45 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the run to the checkpoint that is about to be written."""
-        if self._kept is not None:
-            progress = {} if self._run is None else self._run.so_far()
-            checkpoint[KEY] = sealed.seal({**self._kept[1], **progress}, pl_module)
+        entry = self._sealed(pl_module)
+        if entry is not None:
+            checkpoint[KEY] = entry
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures, selects and resets, or takes up a stored run; then sets the guard."""
-        self.close()
         ranks.refuse_lossy_reduction(trainer.strategy.model)
-        run = self._session(trainer, pl_module)
+        stored = None
         if self._loaded is not None:
-            with ranks.fail_together():
-                run.load_state_dict(_verified(pl_module, self._loaded))
-            self._watch(trainer, run)
-        elif self._kept is not None and self._kept[0]() is pl_module:
-            run.load_state_dict(self._kept[1])
-            self._watch(trainer, run)
-        else:
-            run.measure(self._read(trainer, self._forget), self._retained(trainer))
-            run.select()
-            run.reset()
+            loaded = self._loaded
+
+            def stored() -> dict[str, Any]:
+                return verified(pl_module, loaded, "the checkpoint", _WAY_OUT)
+
+        run = self._begin(
+            pl_module,
+            _train_loader(trainer) if self._retain is None else self._retain,
+            lambda data: self._read(trainer, data),
+            trainer.optimizers,
+            folder=self._reports(trainer),
+            progress=_shows_progress(trainer),
+            stored=stored,
+        )
         self._loaded = None
-        self._run, self._kept = run, (weakref.ref(pl_module), run.state_dict())
-        run.guard(*trainer.optimizers)
-        write_report(self.report, Path(trainer.default_root_dir))
+        self._unfollow = follow(trainer.strategy, "on_train_end", weakly(self._around_the_end))
         _log(trainer, selection_figures(run.report))
+        rank_zero_info(line_before(run.report, self._reports(trainer)))
         if not run.trains:
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what the model still knows of the forget set."""
-        if self._run is None or trainer.sanity_checking or not self._options["scores"]:
-            return
-        with contextlib.suppress(*losses.not_for_scores(self._options["loss_fn"])):
-            found = evaluate(
+        if not trainer.sanity_checking:
+            figures = self._known_of_forget(
                 pl_module,
-                forget=self._read(trainer, self._forget),
-                membership=False,
-                progress=_shows_progress(trainer),
+                lambda data: self._read(trainer, data),
+                self._shows(_shows_progress(trainer)),
             )
-            scores = found.sets["forget"]
-            figures = {
-                "deepclean_forget_accuracy": scores.accuracy,
-                "deepclean_forget_loss": scores.loss,
-            }
             _log(trainer, figures)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts, scores and reports."""
-        if self._run is None:
-            return
-        try:
-            report = self._run.finish()
-        finally:
-            self.close()
-        write_report(self.report, Path(trainer.default_root_dir))
-        _log(trainer, {"deepclean_frozen_entries_moved": report.frozen_entries_moved})
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -180,33 +131,22 @@ class DeepCleanLightningCallback(Callback):  # type: ignore[misc]  # Any to the 
 
     # ------------------------------------------------------------------ inside
 
-    def _session(self, trainer: Trainer, model: LightningModule) -> Session:
-        return Session(
-            model,
-            self.method,
-            test=None if self._test is None else self._read(trainer, self._test),
-            progress=_shows_progress(trainer),
-            **self._options,
-        )
+    @contextlib.contextmanager
+    def _around_the_end(self, strategy: Any, name: str) -> Iterator[None]:
+        yield
+        trainer = strategy.lightning_module.trainer
+        report = self._finish(self._reports(trainer))
+        if report is not None:
+            _log(trainer, {"deepclean_frozen_entries_moved": report.frozen_entries_moved})
+            rank_zero_info(line_after(report, self._reports(trainer)))
 
-    def _retained(self, trainer: Trainer) -> Data | Measurement:
-        if self._retain is None:
-            return _train_loader(trainer)
-        if isinstance(self._retain, Measurement):
-            return self._retain
-        return self._read(trainer, self._retain)
-
-    def _watch(self, trainer: Trainer, run: Session) -> None:
-        run.watch(forget=self._read(trainer, self._forget))
-        retain = self._retained(trainer)
-        if not isinstance(retain, Measurement):
-            run.watch(retain=retain)
+    def _reports(self, trainer: Trainer) -> Path:
+        return self._folder or Path(trainer.default_root_dir)
 
     def _read(self, trainer: Trainer, data: Data) -> Data:
         if isinstance(data, DataLoader):
             return data
-        like = _train_loader(trainer)
-        return DataLoader(data, batch_size=like.batch_size or 1, collate_fn=like.collate_fn)
+        return self._loader(data, _train_loader(trainer))
 
 
 def _refuse_strategies(trainer: Trainer) -> None:
@@ -236,20 +176,6 @@ def _shows_progress(trainer: Trainer) -> bool:
     return trainer.progress_bar_callback is not None
 
 
-def _verified(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
-    """The run of a checkpoint, once the model has the checkpoint's weights, every bit."""
-    try:
-        run = sealed.opened(stored, "the checkpoint")
-        if checkpoint.model_digest(model) != stored["model"]:
-            raise BrokenRun("the weights that were loaded are not those that were saved")
-    except BrokenRun as reason:
-        raise BrokenRun(
-            f"{reason}. Take another checkpoint of a run with DeepCleanLightningCallback, or begin "
-            "anew from the original model, without ckpt_path"
-        ) from reason
-    return run
-
-
 def _log(trainer: Trainer, figures: dict[str, Any]) -> None:
-    for logger in trainer.loggers:
+    for logger in trainer.loggers if figures else ():
         logger.log_metrics(figures, step=trainer.global_step)

@@ -5,24 +5,27 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.samples import Data, samples_of
-from deepclean_hooks.integrations.loop import walked
+from deepclean_hooks.integrations.loop import LoopRun, Unlearning
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.training import Step
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import unwrap
+from deepclean_hooks.options import Options, require_known
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
 
@@ -41,22 +44,21 @@ def unlearn(
     epochs: int = 3,
     steps: int | None = None,
     lr: float = 1e-3,
-    batch_size: int | None = None,
-    collate_fn: Any = None,
     seed: int = 0,
     optimizer: MakeOptimizer | None = None,
-    progress: bool = True,
-    **options: Any,
+    resume: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    **options: Unpack[Options],
 ) -> Report:
     """Unlearns in place and returns the report: Adam, cosine annealing to 0, cross-entropy, no
     augmentation of ours.
 
     `retain` is walked in shuffled order (by `seed`) in batches of `batch_size`, by default the
     loader's own or 64. Three epochs at 1e-3 are the paper's values for CIFAR; with `steps` it ends
-    after so many steps of the optimizer instead, as a request of a few samples needs. `options` are
-    those of `unlearning`: test=, gold=, ...; `optimizer` makes another one of the parameters, such
-    as `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`. A method that trains otherwise than by a
-    term beside the loss on D_r does so here, in one process.
+    after so many steps of the optimizer instead, as a request of a few samples needs. `optimizer`
+    makes another one of the parameters, such as `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
+    A method that trains otherwise than by a term beside the loss on D_r does so here, in one
+    process. `resume` and `folder` are those of `unlearning`, the options those of `Session`.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
     the same on any number of them, and end with the same model; an incomplete last batch is filled
@@ -77,15 +79,14 @@ def unlearn(
         raise ValueError(
             f"{method.name} orders the batches of an epoch by itself; pass epochs= and no steps="
         )
-    loader = samples_of(
-        retain, name="retain", batch_size=batch_size, collate_fn=collate_fn
-    ).shuffled(seed)
-    reading = {"batch_size": batch_size, "collate_fn": collate_fn}
-    resume = options.pop("resume", None)
+    require_known(options, "unlearn")
+    reading: dict[str, Any] = {key: options.get(key) for key in ("batch_size", "collate_fn")}
+    loader = samples_of(retain, name="retain", **reading).shuffled(seed)
+    progress = options.get("progress", True)
     with _launched(model, loader) as (wrapped, accelerator):
-        run = Session(wrapped, method, progress=progress, **reading, **options)
+        run = LoopRun(wrapped, method, folder=folder, **options)
         make = optimizer or _adam(lr)
-        with walked(run, forget, retain, resume):
+        with Unlearning(run, forget, retain, resume, ()):
             if run.trains and not method.own_training:
                 total = steps or epochs * len(loader)
                 _fine_tune(wrapped, loader, run.loss_fn, total, make, progress, accelerator)

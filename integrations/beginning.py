@@ -1,0 +1,87 @@
+"""How a run begins, alike on all ranks: from the original weights, or from a stored run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from deepclean_hooks import ranks
+from deepclean_hooks.data.samples import Data
+from deepclean_hooks.measure.measurement import Measurement
+from deepclean_hooks.methods.method import Method
+from deepclean_hooks.options import Options
+from deepclean_hooks.session import Session
+from deepclean_hooks.stored import checkpoint, sealed
+from deepclean_hooks.stored.sealed import BrokenRun
+
+
+def require_alike(method: Method, options: Options, *, resumes: bool) -> None:
+    """Raises RuntimeError on every rank if they begin differently; all ranks call this.
+
+    A rank that resumes, or scores, while another measures would leave it waiting in a collective.
+    """
+    settings = {
+        "resumes": resumes,
+        "method": f"{method.name} {method.settings()}",
+        "norm_statistics": options.get("norm_statistics") or "update",
+        "scores": options.get("scores", True),
+        "dead_count": options.get("dead_count", True),
+        "test": options.get("test") is not None,
+        "forget_test": options.get("forget_test") is not None,
+        "gold": options.get("gold") is not None,
+        "batch_size": options.get("batch_size"),
+    }
+    ranks.require_agreement("how the run begins", str(settings))
+
+
+def take_up(
+    run: Session, state: Mapping[str, Any], forget: Data | None, retain: Data | Measurement | None
+) -> None:
+    """Goes on with a stored run; the sets, where they are known, are those it is scored on."""
+    with ranks.fail_together():
+        run.load_state_dict(state)
+    known = {"forget": forget, "retain": retain}
+    run.watch(
+        **{
+            name: data
+            for name, data in known.items()
+            if data is not None and not isinstance(data, Measurement)
+        }
+    )
+
+
+def begin(run: Session, forget: Data, retain: Data | Measurement) -> None:
+    """Measures, selects and resets."""
+    run.measure(forget, retain)
+    run.select()
+    run.reset()
+
+
+def verified(
+    model: nn.Module,
+    stored: Mapping[str, Any],
+    where: str,
+    way_out: str,
+    repair: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """The run in a sealed state, once the model has the weights it was sealed with, every bit.
+
+    `repair` loads them again if they differ. Raises BrokenRun, on every rank, with the way out; all
+    ranks call this.
+    """
+    found = checkpoint.model_digest(model)  # of a sharded model, all ranks together
+    with ranks.fail_together():
+        try:
+            run = sealed.opened(stored, where)
+            if found != stored["model"] and repair is not None:
+                repair()
+                found = checkpoint.model_digest(model)
+            if found != stored["model"]:
+                raise BrokenRun(
+                    f"the weights that were loaded are not those that were saved in {where}"
+                )
+        except BrokenRun as reason:
+            raise BrokenRun(f"{reason}. {way_out}") from reason
+    return run
