@@ -152,7 +152,8 @@ class DeepCleanHook:
             raise RuntimeError("call accelerator.load_state() before `with DeepCleanHook(...)`")
         with ranks.fail_together():
             path = Path(folder) / self._file_name()
-            _refuse_earlier_format(Path(folder))
+            if not path.is_file():
+                _refuse_earlier_format(path.parent)
             self._loaded = (sealed.read(path), path) if path.is_file() else None
 
     def _take_up(self, stored: dict[str, Any], path: Path) -> None:
