@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepclean_hooks.guard import optimizers as known
+from deepclean_hooks.guard import optimizers as kinds
 
 BeforeStep = Callable[[Any, Mapping[str, Tensor], bool], None]
 """Called with the optimizer, the tensors by parameter name that it is about to step, and whether
@@ -32,8 +32,8 @@ class Added:
     ) -> Call | None:
         """A step begins; `args` (the optimizer first) and `kwargs` are its call's. Returns the call
         that is to be made instead, or None."""
-        outer = known.stepping_around(optimizer)
-        if outer is not optimizer and "step" not in known.unseen_writers(outer):
+        outer = kinds.stepping_around(optimizer)
+        if outer is not optimizer and "step" not in kinds.unseen_writers(outer):
             return None  # the optimizer around this one was seen, and its step is this one
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
@@ -57,7 +57,7 @@ class Added:
         self, optimizer: Any, stepped: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any
     ) -> None:
         """A step begins that torch's hooks do not see; raises RuntimeError if it has a closure."""
-        if any("step" not in known.unseen_writers(inner) for inner in known.layers(optimizer)[1:]):
+        if any("step" not in kinds.unseen_writers(inner) for inner in kinds.layers(optimizer)[1:]):
             return  # they see the optimizer inside it, and call `begin`
         if self.begin(optimizer, stepped, (optimizer, *args), kwargs) is not None:
             raise RuntimeError(

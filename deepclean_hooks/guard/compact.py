@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks.guard import optimizers as known
+from deepclean_hooks.guard import optimizers as kinds
 
 
 class Compact:
@@ -43,15 +43,23 @@ class Compact:
                 line = _line(parameter.detach())
                 self.leaves[name] = nn.Parameter(line.index_select(0, self._at[id(parameter)]))
                 self._seen[name] = self.leaves[name]._version
-        self._ids = {id(leaf) for leaf in self.leaves.values()}
+        self._served = {
+            id(self.leaves[name]): parameter for name, parameter in self._of.values()
+        }  # by id() of the leaf
 
     def parameters(self) -> list[nn.Parameter]:
         """The model's parameters that have a leaf."""
         return [parameter for _, parameter in self._of.values()]
 
-    def serves(self, optimizer: Any) -> bool:
-        """Whether the optimizer steps any of the leaves."""
-        return any(id(tensor) in self._ids for tensor in known.tensors_of(optimizer))
+    def stepped_by(self, optimizer: Any) -> list[nn.Parameter]:
+        """The model's parameters whose leaves the optimizer steps."""
+        ids = (id(tensor) for tensor in kinds.tensors_of(optimizer))
+        return [self._served[leaf] for leaf in ids if leaf in self._served]
+
+    def has_gradient(self, parameter: Tensor) -> bool:
+        """Whether the leaf of a parameter has a gradient."""
+        named = self._of.get(id(parameter))
+        return named is not None and self.leaves[named[0]].grad is not None
 
     def gather(self, parameter: Tensor) -> None:
         """Adds the gradient of the free entries to the leaf's, and takes it off the parameter.
@@ -92,7 +100,7 @@ class Compact:
 
     def require_elementwise(self, optimizer: Any) -> None:
         """Raises ValueError for an optimizer that needs the tensors in their shape."""
-        why = known.coupling(optimizer)
+        why = kinds.coupling(optimizer)
         if why is not None:
             raise ValueError(
                 f"{type(optimizer).__name__} cannot step compact tensors: {why}, and they have no "

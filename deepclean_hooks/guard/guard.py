@@ -9,32 +9,33 @@ whose gradient is 0.
 from __future__ import annotations
 
 import contextlib
-import warnings
+import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from deepclean_hooks import ranks
+from deepclean_hooks.guard import account as accounts
 from deepclean_hooks.guard import norm_statistics as statistics
-from deepclean_hooks.guard import optimizers as known
-from deepclean_hooks.guard.added import Added, BeforeStep, Call
+from deepclean_hooks.guard import optimizers as kinds
+from deepclean_hooks.guard.account import Account
+from deepclean_hooks.guard.added import BeforeStep
 from deepclean_hooks.guard.compact import Compact
-from deepclean_hooks.guard.follow import follow, weakly
-from deepclean_hooks.guard.held import GuardError, Held, restore
+from deepclean_hooks.guard.held import GuardError, Held
 from deepclean_hooks.guard.norm_statistics import NormStatistics
+from deepclean_hooks.guard.steps import Steps
+from deepclean_hooks.guard.unseen import UnseenWrites, refuse_writing_forwards
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks.fsdp import reshard
+from deepclean_hooks.ranks.shards import local
+from deepclean_hooks.stored.bits import bits
 
 __all__ = ["Guard", "GuardError", "NormStatistics"]
 
 _guarded: set[int] = set()  # id() of every parameter of an active guard, which keeps it alive
+_claiming = threading.RLock()  # reentrant: a guard may be collected while it is held
 
 
 class Guard:
@@ -71,40 +72,43 @@ class Guard:
         optimizers: Iterable[torch.optim.Optimizer] = (),
         before_step: BeforeStep | None = None,
     ) -> None:
-        self.steps = 0  # optimizer steps seen that touched a parameter of the model
         self._model = unwrap(model)
         parameters = dict(self._model.named_parameters())
         _require_masks_fit(parameters, free)
         statistics.require_choice(norm_statistics)
-        require_unguarded(parameters)
-        self._clear_state = clear_optimizer_state
-        # Strong references: weak ones block torch.utils.swap_tensors, and a parameter kept alive
-        # keeps its id() to itself (a stale id once overwrote 15 of 30 unrelated new parameters).
-        self._ours = {id(parameter): parameter for parameter in parameters.values()}
-        self._held = _held(parameters, free)
-        self._compact: Compact | None = None
-        norms = statistics.norms(self._model) if norm_statistics == "freeze" else {}
-        self._statistics = statistics.StatisticsSnapshot(norms)
-        self._met: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._begun: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._hidden: weakref.WeakKeyDictionary[Any, list[tuple[Tensor, Tensor]]]
-        self._hidden = weakref.WeakKeyDictionary()
-        self._judged: set[type] = set()
-        self._saw_gradient = False
-        self._added = None if before_step is None else Added(before_step, weakly(self._mask_again))
+        refuse_writing_forwards(self._model)
         self._undo = contextlib.ExitStack()
         self._release = weakref.finalize(self, self._undo.close)
-        self._start(norms.values(), optimizers)
-
-    def _start(self, norms: Collection[nn.Module], optimizers: Iterable[Any]) -> None:
+        _claim(parameters, self._undo)
         try:
-            self._hook(norms)
+            self._held = _held(parameters, free)
+            self._unseen = UnseenWrites(self._model, self._held)
+            self._steps = Steps(
+                parameters,
+                self._held,
+                self._unseen,
+                clear_state=clear_optimizer_state,
+                before_step=before_step,
+            )
+            self._trainable = {
+                name: parameter
+                for name, parameter in parameters.items()
+                if id(parameter) not in self._held or self._held[id(parameter)].free is not None
+            }
+            self._then = accounts.checksums(self._trainable)
+            norms = statistics.norms(self._model) if norm_statistics == "freeze" else {}
+            self._statistics = statistics.StatisticsSnapshot(norms)
+            self._hook(norms.values())
             for optimizer in optimizers:
-                self._meet(known.unwrapped(optimizer))
+                self._steps.meet(kinds.unwrapped(optimizer))
         except BaseException:
-            self.release()
+            self._release()
             raise
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps were seen that touched a parameter of the model."""
+        return self._steps.count
 
     def __enter__(self) -> Guard:
         return self
@@ -113,11 +117,11 @@ class Guard:
         self.release()
 
     def release(self) -> None:
-        """Removes all hooks and copies; the model stays as it is. Safe to call twice."""
+        """Removes all hooks and copies; the model stays as it is, but for a step that was aborted
+        half-way: its frozen entries and gradients are put back. Safe to call twice."""
         self._release()
-        self._ours.clear()
+        self._trainable.clear()
         self._held.clear()
-        self._compact = None
 
     def compact(self) -> dict[str, nn.Parameter]:
         """The free entries as 1-D leaves by parameter name, to build an optimizer of your own on.
@@ -132,21 +136,17 @@ class Guard:
         """
         if not self._release.alive:
             raise RuntimeError("this guard was released; call compact() before release()")
-        if self._compact is None:
+        if self._steps.compact is None:
             if ranks.world()[1] > 1:
                 raise ValueError(
                     "compact() takes gradients before they are averaged over the "
                     f"{ranks.world()[1]} processes; build the optimizer on model.parameters(), "
                     "which the guard holds too"
                 )
-            compact = Compact(dict(self._model.named_parameters()), self._masks())
-            gather = weakly(compact.gather)
-            for parameter in compact.parameters():
-                compact.gather(parameter)
-                register = parameter.register_post_accumulate_grad_hook
-                self._own(register(gather))  # type: ignore[no-untyped-call]  # untyped in torch
-            self._compact = compact
-        return dict(self._compact.leaves)
+            named = dict(self._model.named_parameters())
+            self._steps.use_compact(Compact(named, self._masks()))
+        assert self._steps.compact is not None
+        return dict(self._steps.compact.leaves)
 
     def _masks(self) -> dict[str, Tensor]:
         masks = {}
@@ -158,15 +158,50 @@ class Guard:
                 masks[name] = held.free != 0
         return masks
 
+    def account(self) -> dict[str, Account]:
+        """What became of the free entries, by name of each parameter that has any (this rank's
+        shards). Raises RuntimeError after `release()`."""
+        self._parameters_now()
+        now = accounts.checksums(self._trainable)
+        return {
+            name: self._account_of(parameter, moved=now[name] != self._then[name])
+            for name, parameter in self._trainable.items()
+        }
+
+    def _account_of(self, parameter: nn.Parameter, *, moved: bool) -> Account:
+        held = self._held.get(id(parameter))
+        zero = bits(local(parameter)) == 0
+        free = None if held is None or held.free is None else held.free != 0
+        return Account(
+            free=zero.numel() if free is None else int(free.sum()),
+            zero=int((zero if free is None else zero & free.to(zero.device)).sum()),
+            moved=moved,
+            owned=id(parameter) in self._steps.owned,
+            reached=id(parameter) in self._steps.reached,
+        )
+
+    def remarks(self, reset: Mapping[str, int], *, steps: int | None = None) -> list[str]:
+        """What a report has to say of reset entries that did not train, and of unseen writes.
+
+        `reset`: how many entries of each parameter were reset, by name; `steps`: all optimizer
+        steps of the run, if it is a resumed one. On several ranks all call this. Empty if there is
+        nothing to say. Raises RuntimeError after `release()`.
+        """
+        seen = self.steps if steps is None else steps
+        said = accounts.remarks(self.account(), reset, seen)
+        return [*filter(None, [self._unseen.remark()]), *said]
+
     def moved(self) -> dict[str, int]:
         """How many frozen entries of each parameter have moved, by name; only names with any.
 
         Counted bit by bit from when the guard was set. Compared with what the model has under each
         name now, so a parameter replaced by another object counts too, and all entries of one that
         is gone. Frozen norm statistics count under their buffer names. Under FSDP2 each rank counts
-        its own shard. Raises RuntimeError after `release()`.
+        its own shard. What was written outside the steps that can be seen, and noticed, is put back
+        first. Raises RuntimeError after `release()`.
         """
         now = self._parameters_now()
+        self._unseen.put_back()
         counts = {
             held.name: held.moved(now[held.name]) if held.name in now else held.count()
             for held in self._held.values()
@@ -189,7 +224,7 @@ class Guard:
                 f"replaced by other objects since the guard was set: {_some(replaced)}; set the "
                 "guard after what replaces them (fully_shard(), Accelerator.prepare(), setattr)"
             )
-        if self._saw_gradient and not self.steps:
+        if counts and self._steps.saw_gradient and not self.steps:
             problems.append(
                 "gradients were computed but no optimizer step was seen: `step` is set on the "
                 "optimizer's instance, or its class does not call torch.optim.Optimizer.__init__; "
@@ -211,21 +246,9 @@ class Guard:
         return dict(self._model.named_parameters())
 
     def _hook(self, norms: Collection[nn.Module]) -> None:
-        _guarded.update(self._ours)
-        self._undo.callback(_guarded.difference_update, set(self._ours))
-        for held in self._held.values():
-            held.mask_gradient()
-            if held.parameter.requires_grad:
-                # Not Tensor.register_hook: it never fires under FSDP2. Not a step pre-hook:
-                # clipping comes earlier, and W_f then ends 3e-2 to 4e-1 (relative) away from
-                # training it alone.
-                mask = weakly(self._mask_gradient)
-                register = held.parameter.register_post_accumulate_grad_hook
-                self._own(register(mask))  # type: ignore[no-untyped-call]  # untyped in torch
-        # Global: an optimizer made later is held too, and these run after the hooks of the
-        # optimizer itself.
-        self._own(register_optimizer_step_pre_hook(weakly(self._before_step)))
-        self._own(register_optimizer_step_post_hook(weakly(self._after_step)))
+        self._undo.callback(self._unseen.close)
+        self._undo.callback(self._steps.close)
+        self._steps.begin()
         if norms:
             self._hook_norms(norms)
 
@@ -234,134 +257,35 @@ class Guard:
         self._undo.callback(statistics.forget_compiled)
         quiet = statistics.EvalDuringForward()
         for module in norms:
-            self._own(module.register_forward_pre_hook(quiet.before))
-            self._own(module.register_forward_hook(quiet.after, always_call=True))
-
-    def _own(self, handle: torch.utils.hooks.RemovableHandle) -> None:
-        self._undo.callback(handle.remove)
-
-    def _mask_gradient(self, parameter: Tensor) -> None:
-        self._saw_gradient = True
-        if self._compact is None:
-            self._held[id(parameter)].mask_gradient()
-        elif self._held[id(parameter)].free is None:
-            parameter.grad = None
-
-    def _mask_again(self, optimizer: Any) -> None:
-        for held in self._held_of(optimizer):
-            held.mask_gradient()
-
-    def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> Call | None:
-        call = None
-        if self._compact is not None:
-            self._require_compact(optimizer, self._compact)
-        if self._touches(optimizer):
-            if optimizer not in self._met:
-                self._meet(known.stepping_around(optimizer), stepping=True)
-            self._begun[optimizer] = self.steps
-            if self._added is not None:
-                call = self._added.begin(optimizer, self._stepped_by(optimizer), args, kwargs)
-            self._hide(optimizer)
-        return call
-
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        for tensor, grad in self._hidden.pop(optimizer, ()):
-            if tensor.grad is None:
-                tensor.grad = grad
-        self._restore(optimizer)
-        # Not where an optimizer that this one steps was counted in between: that was the same step.
-        if self._begun.pop(optimizer, None) == self.steps:
-            self.steps += self._touches(optimizer)
-
-    @contextlib.contextmanager
-    def _following(self, optimizer: Any, name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-        seen = self.steps
-        if name == "step" and self._added is not None and self._touches(optimizer):
-            self._added.begin_unseen(optimizer, self._stepped_by(optimizer), args, kwargs)
-        try:
-            yield
-        finally:
-            self._restore(optimizer)
-            if name == "step" and self.steps == seen:
-                self.steps += self._touches(optimizer)
-
-    def _touches(self, optimizer: Any) -> bool:
-        if self._compact is not None and self._compact.serves(optimizer):
-            return True
-        return any(id(tensor) in self._ours for tensor in known.tensors_of(optimizer))
-
-    def _stepped_by(self, optimizer: Any) -> dict[str, Tensor]:
-        """The tensors that an optimizer steps, by the parameter's name; leaves in compact mode."""
-        ids = {id(tensor) for tensor in known.tensors_of(optimizer)}
-        named: dict[str, Tensor] = dict(self._model.named_parameters())
-        leaves = {} if self._compact is None else self._compact.leaves
-        return {name: t for name, t in {**named, **leaves}.items() if id(t) in ids}
-
-    def _require_compact(self, optimizer: Any, compact: Compact) -> None:
-        if any(id(tensor) in self._ours for tensor in known.tensors_of(optimizer)):
-            raise RuntimeError(
-                f"{type(optimizer).__name__} steps parameters of the model, whose gradients go to "
-                "the tensors of compact() since that was called; build it on compact().values()"
-            )
-        if compact.serves(optimizer):
-            compact.require_elementwise(optimizer)
-
-    def _hide(self, optimizer: Any) -> None:
-        """Takes the gradients of wholly frozen parameters away for the length of a step.
-
-        An optimizer skips what has no gradient (4 % of a step of a ViT-tiny, AdamW in a loop). Not
-        in its first step, which makes its state: strict loading of distributed checkpoints asks for
-        that of every trainable parameter.
-        """
-        if optimizer in self._stepped:
-            self._hidden[optimizer] = [
-                (held.parameter, held.parameter.grad)
-                for held in self._held_of(optimizer)
-                if held.free is None and held.parameter.grad is not None
-            ]
-            for tensor, _ in self._hidden[optimizer]:
-                tensor.grad = None
-        self._stepped.add(optimizer)
-
-    def _held_of(self, optimizer: Any) -> list[Held]:
-        found = (self._held.get(id(tensor)) for tensor in known.tensors_of(optimizer))
-        return [held for held in found if held is not None]
-
-    def _restore(self, optimizer: Any) -> None:
-        restore(self._held_of(optimizer))
-        if self._compact is not None and self._compact.serves(optimizer):
-            self._compact.scatter()
-
-    def _meet(self, outer: Any, stepping: bool = False) -> None:
-        """Clears, follows and judges an optimizer and those inside it, each when first seen."""
-        clear = self._clear_state and not (stepping and known.shares_state(outer))
-        if self._clear_state and not clear:
-            warnings.warn(
-                f"the state of {type(outer).__name__} was kept, for it is in use; if it has "
-                "stepped before, pass it as Guard(..., optimizers=[optimizer]) to have it cleared",
-                stacklevel=2,
-            )
-        for optimizer in known.layers(outer):
-            if optimizer in self._met:
-                continue
-            self._met.add(optimizer)
-            if clear:
-                known.forget(optimizer, self._ours)
-            if type(optimizer) not in self._judged:
-                self._judged.add(type(optimizer))
-                known.warn_if_coupled(optimizer)
-            for name in known.unseen_writers(optimizer):
-                self._undo.callback(follow(optimizer, name, weakly(self._following)))
+            for handle in (
+                module.register_forward_pre_hook(quiet.before),
+                module.register_forward_hook(quiet.after, always_call=True),
+            ):
+                self._undo.callback(handle.remove)
 
 
 def _held(parameters: Mapping[str, nn.Parameter], free: Mapping[str, Tensor]) -> dict[int, Held]:
-    found = {}
+    held = {}
     for name, parameter in parameters.items():
         mask = free.get(name)
         if mask is None or not bool(mask.all()):
             partly = mask is not None and bool(mask.any())
-            found[id(parameter)] = Held(name, parameter, mask if partly else None)
-    return found
+            held[id(parameter)] = Held(name, parameter, mask if partly else None)
+    return held
+
+
+def _claim(parameters: Mapping[str, nn.Parameter], undo: contextlib.ExitStack) -> None:
+    """Takes the parameters for a guard until `undo` closes; RuntimeError if another has any."""
+    claimed = list(parameters.values())
+    with _claiming:
+        require_unguarded(parameters)
+        _guarded.update(map(id, claimed))
+    undo.callback(_unclaim, claimed)
+
+
+def _unclaim(claimed: list[nn.Parameter]) -> None:
+    with _claiming:
+        _guarded.difference_update(map(id, claimed))
 
 
 def _require_masks_fit(parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> None:

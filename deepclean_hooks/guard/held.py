@@ -38,6 +38,8 @@ class Held:
         self.name = name
         self.parameter = parameter
         self.dtype = here.dtype
+        # Of the parameter when its bits were last known, and how often it was another since.
+        self.version, self.looks = parameter._version, 0
         # Bits to put back: those of the frozen entries, 0 for the free ones.
         self.frozen = bits(here).clone()
         # int8: -1, all ones when widened, where an entry is free; 0 where it is frozen. Laid out in
@@ -131,6 +133,23 @@ class Held:
             differ &= self.free == 0
         return int(differ.sum())
 
+    def changed(self, entries: int | None = None) -> int:
+        """How many frozen entries have another value, among about so many of the first rows.
+
+        A zero of the other sign is none: adding a masked gradient of 0 by hand makes +0.0 of -0.0.
+        """
+        here, frozen, free = self.here(), self.frozen, self.free
+        if entries is not None and here.numel() > entries:
+            rows = max(1, entries * len(here) // here.numel())
+            here, frozen = here[:rows], frozen[:rows]
+            free = None if free is None else free[:rows]
+        differ = here != frozen
+        if free is not None:
+            differ &= free == 0
+        if not bool(differ.any()):
+            return 0
+        return int((differ & ((here << 1 != 0) | (frozen << 1 != 0))).sum())
+
     def count(self) -> int:
         """The number of frozen entries (of this rank's shard)."""
         return self.frozen.numel() if self.free is None else int((self.free == 0).sum())
@@ -145,35 +164,38 @@ class Held:
 def restore(held: Iterable[Held]) -> None:
     """Puts the frozen entries of all of these back to their bits.
 
-    Raises GuardError if the shape or dtype of one changed.
+    Raises GuardError if the shape or dtype of a parameter changed.
     """
+    together = list(held)
     whole: dict[torch.device, list[Held]] = {}
     partly: dict[tuple[torch.device, torch.dtype], list[Held]] = {}
-    for one in held:
-        here = one.here()
-        if one.free is None:
-            whole.setdefault(here.device, []).append(one)
+    for each in together:
+        here = each.here()
+        if each.free is None:
+            whole.setdefault(here.device, []).append(each)
         elif here.device.type == "cpu":
-            one.restore()
+            each.restore()
         else:
-            partly.setdefault((here.device, here.dtype), []).append(one)
-    for several in whole.values():
-        torch._foreach_copy_([one.here() for one in several], [one.frozen for one in several])
-    for several in partly.values():
-        for group in groups(several):
+            partly.setdefault((here.device, here.dtype), []).append(each)
+    for alike in whole.values():
+        torch._foreach_copy_([each.here() for each in alike], [each.frozen for each in alike])
+    for alike in partly.values():
+        for group in groups(alike):
             restore_together(group)
+    for each in together:
+        each.version = each.parameter._version
 
 
 def groups(held: Iterable[Held]) -> list[list[Held]]:
-    """The same in the same order, cut so that a group has `GROUP` entries or one parameter."""
+    """The same in the same order, cut so that a group has `GROUP` entries or a single parameter."""
     cut: list[list[Held]] = []
     size = GROUP
-    for one in held:
-        if size + one.frozen.numel() > GROUP:
+    for each in held:
+        if size + each.frozen.numel() > GROUP:
             cut.append([])
             size = 0
-        cut[-1].append(one)
-        size += one.frozen.numel()
+        cut[-1].append(each)
+        size += each.frozen.numel()
     return cut
 
 
@@ -182,14 +204,14 @@ def restore_together(held: Sequence[Held]) -> None:
 
     All of one dtype on one device. Takes memory of the size of the parameters while it runs.
     """
-    here = [one.here() for one in held]
+    here = [each.here() for each in held]
     wide = [torch.empty_like(tensor) for tensor in here]
-    torch._foreach_copy_(wide, [one.free for one in held if one.free is not None])
+    torch._foreach_copy_(wide, [each.free for each in held if each.free is not None])
     # There is no foreach kernel for `and`. A product of integers with 1 or 0 and a sum with 0 are
     # exact.
     torch._foreach_neg_(wide)
     torch._foreach_mul_(here, wide)
-    torch._foreach_add_(here, [one.frozen for one in held])
+    torch._foreach_add_(here, [each.frozen for each in held])
 
 
 def _in_line(target: Tensor, free: Tensor) -> bool:
@@ -216,10 +238,10 @@ _buffers = _Buffers()
 
 def _widened(free: Tensor, dtype: torch.dtype) -> Tensor:
     """A chunk of a mask in a wider integer type, until the next call in this thread."""
-    found = _buffers.by_dtype.get(dtype)
-    if found is None or found.numel() < free.numel():
-        found = _buffers.by_dtype[dtype] = torch.empty(CHUNK, dtype=dtype)
-    return found.narrow(0, 0, free.numel()).copy_(free)
+    buffer = _buffers.by_dtype.get(dtype)
+    if buffer is None or buffer.numel() < free.numel():
+        buffer = _buffers.by_dtype[dtype] = torch.empty(CHUNK, dtype=dtype)
+    return buffer.narrow(0, 0, free.numel()).copy_(free)
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
