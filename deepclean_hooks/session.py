@@ -25,7 +25,7 @@ from deepclean_hooks.data.samples import (
     require_same_on_ranks,
     samples_of,
 )
-from deepclean_hooks.guard.guard import Guard, NormStatistics, require_unguarded
+from deepclean_hooks.guard.guard import Guard, NormStatistics, require_holdable
 from deepclean_hooks.guard.norm_statistics import require_choice
 from deepclean_hooks.measure import dead
 from deepclean_hooks.measure.fisher import PerSampleFisher
@@ -62,7 +62,7 @@ class Session:
         require_choice(norm_statistics)
         fsdp.reshard(unwrap(model))
         require_trainable(unwrap(model))
-        require_unguarded(dict(unwrap(model).named_parameters()))
+        require_holdable(unwrap(model))
         self.model, self.method = model, method
         self.loss_fn: LossFn = options.get("loss_fn") or losses.cross_entropy
         self.norm_statistics = norm_statistics
@@ -264,11 +264,15 @@ class Session:
             self._facts.update(frozen_entries_moved=moved, optimizer_steps=progress["steps"])
             with ranks.fail_together():  # a rank on which something moved would raise alone
                 guard.check()
+            reset = {name: layer["selected"] for name, layer in self._layers.items()}
+            remarks = guard.remarks(reset, steps=progress["steps"]) if self.trains else []
         finally:
             self.close()
         after = checkpoint.digests_of(self.model)
         self._facts.update(model_after=bits.combined(after), checkpoint_after=after)
         self._phase = "finished"
+        for remark in remarks:
+            self._warn(remark)
         if self.scores and self._sets:
             self._evaluate("after", self.gold)
         return self.report

@@ -56,6 +56,8 @@ def lightning_module(model: nn.Module) -> nn.Module:
     return Module()
 
 
+# A snippet's `...` is a loop that does not step.
+@pytest.mark.filterwarnings("ignore:no optimizer step of this model was seen:UserWarning")
 # A Trainer asks for pinned memory, with or without a GPU.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))

@@ -76,7 +76,7 @@ class Guard:
         parameters = dict(self._model.named_parameters())
         _require_masks_fit(parameters, free)
         statistics.require_choice(norm_statistics)
-        refuse_writing_forwards(self._model)
+        require_holdable(self._model)
         self._undo = contextlib.ExitStack()
         self._release = weakref.finalize(self, self._undo.close)
         _claim(parameters, self._undo)
@@ -278,7 +278,7 @@ def _claim(parameters: Mapping[str, nn.Parameter], undo: contextlib.ExitStack) -
     """Takes the parameters for a guard until `undo` closes; RuntimeError if another has any."""
     claimed = list(parameters.values())
     with _claiming:
-        require_unguarded(parameters)
+        _require_unguarded(parameters)
         _guarded.update(map(id, claimed))
     undo.callback(_unclaim, claimed)
 
@@ -305,8 +305,14 @@ def _require_masks_fit(parameters: Mapping[str, Tensor], free: Mapping[str, Tens
         )
 
 
-def require_unguarded(parameters: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError if another guard holds any of these parameters."""
+def require_holdable(model: nn.Module) -> None:
+    """Raises RuntimeError if another guard holds a parameter of the model, ValueError for layers
+    whose forward pass writes their weight."""
+    _require_unguarded(dict(model.named_parameters()))
+    refuse_writing_forwards(model)
+
+
+def _require_unguarded(parameters: Mapping[str, Tensor]) -> None:
     taken = [name for name, parameter in parameters.items() if id(parameter) in _guarded]
     if taken:
         raise RuntimeError(
