@@ -249,6 +249,14 @@ class Session:
         assert self._guard is not None
         return self._guard.compact()
 
+    def hold(self) -> Session:
+        """Puts every frozen entry back to its bits now; call it after an average of the weights
+        (EMA, SWA) was written into the model, for averaging rounds entries that are equal."""
+        self._expect("guarded", "hold")
+        assert self._guard is not None
+        self._guard.hold()
+        return self
+
     def finish(self) -> Report:
         """Counts what moved, lets go of the model and scores it; the report is complete.
 

@@ -103,12 +103,17 @@ class UnlearningCallback:
         write_report(run.report, folder)
         return run
 
-    def _finish(self, folder: Path) -> Report | None:
-        """Counts, scores and reports, after an error too; None if there is nothing to finish."""
+    def _finish(self, folder: Path, *, averaged: bool = False) -> Report | None:
+        """Counts, scores and reports, after an error too; None if there is nothing to finish.
+
+        `averaged`: whether the loop wrote an average into the model, which rounds frozen entries.
+        """
         run = self._run
         if run is None or run.report.phase != "guarded":
             return None
         try:
+            if averaged:
+                run.hold()
             report = run.finish()
         except BaseException:
             leave_report(run.report, folder)

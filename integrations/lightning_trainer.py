@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -24,6 +24,12 @@ from deepclean_hooks.integrations.beginning import verified
 from deepclean_hooks.integrations.callback import UnlearningCallback
 from deepclean_hooks.integrations.run_output import line_after, line_before, selection_figures
 
+# They write an average into the model at the end. By name: the first is new in Lightning 2.6.
+_AVERAGES = tuple(
+    getattr(callbacks, name)
+    for name in ("WeightAveraging", "StochasticWeightAveraging")
+    if hasattr(callbacks, name)
+)
 KEY = "deepclean_hooks"  # in every checkpoint, beside the weights
 _WAY_OUT = (
     "Take another checkpoint of a run with DeepCleanLightningCallback, or begin anew from the "
@@ -135,7 +141,8 @@ class DeepCleanLightningCallback(UnlearningCallback, Callback):  # type: ignore[
     def _around_the_end(self, strategy: Any, name: str) -> Iterator[None]:
         yield
         trainer = strategy.lightning_module.trainer
-        report = self._finish(self._reports(trainer))
+        averaged = any(isinstance(callback, _AVERAGES) for callback in trainer.callbacks)
+        report = self._finish(self._reports(trainer), averaged=averaged)
         if report is not None:
             _log(trainer, {"deepclean_frozen_entries_moved": report.frozen_entries_moved})
             rank_zero_info(line_after(report, self._reports(trainer)))

@@ -23,7 +23,7 @@ from deepclean_hooks.guard import optimizers as kinds
 from deepclean_hooks.guard.account import Account
 from deepclean_hooks.guard.added import BeforeStep
 from deepclean_hooks.guard.compact import Compact
-from deepclean_hooks.guard.held import GuardError, Held
+from deepclean_hooks.guard.held import GuardError, Held, restore
 from deepclean_hooks.guard.norm_statistics import NormStatistics
 from deepclean_hooks.guard.steps import Steps
 from deepclean_hooks.guard.unseen import UnseenWrites, refuse_writing_forwards
@@ -191,6 +191,12 @@ class Guard:
         said = accounts.remarks(self.account(), reset, seen)
         return [*filter(None, [self._unseen.remark()]), *said]
 
+    def hold(self) -> None:
+        """Puts every frozen entry and norm statistic back now: for weights that were written by
+        something else than an optimizer, such as an average, which rounds equal values."""
+        restore(self._held.values())
+        self._statistics.put_back()
+
     def moved(self) -> dict[str, int]:
         """How many frozen entries of each parameter have moved, by name; only names with any.
 
@@ -234,7 +240,8 @@ class Guard:
             problems.append(
                 "something wrote to them outside the steps that were seen: an optimizer whose "
                 "`step` is set on the instance (pass it as Guard(..., optimizers=[optimizer])), "
-                "load_state_dict() or another write in place"
+                "load_state_dict() or another write in place; after writing an average of the "
+                "weights, which rounds them, call hold()"
             )
         if problems:
             raise GuardError("; ".join(problems))

@@ -44,6 +44,14 @@ class StatisticsSnapshot:
             for key, buffer in module.named_buffers(recurse=False)
         }
 
+    def put_back(self) -> None:
+        """Writes the bits of then into the buffers."""
+        now = self._buffers()
+        with torch.no_grad():
+            for name, then in self._then.items():
+                if name in now:
+                    now[name].copy_(then)
+
     def moved(self) -> dict[str, int]:
         """How many entries of each buffer have other bits now; only buffers with more than 0."""
         now = self._buffers()

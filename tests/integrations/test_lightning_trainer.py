@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.methods import SSD
+from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.sealed import BrokenRun
 from lab.processes import in_child
 from lab.training import FORGET, METHOD, RETAIN, bits_of, hooks, moved, same_bits
@@ -268,3 +269,80 @@ torch.save(free_of(run), f"{tmp_path}/free.{{fit.global_rank}}.pt")
     for rank in (0, 1):
         free = torch.load(tmp_path / f"free.{rank}.pt")
         assert all(torch.equal(mask, free[n]) for n, mask in reference._free.items())
+
+
+def _averages() -> dict[str, Any]:
+    kinds = lightning.callbacks
+    made = {"swa": lambda: kinds.StochasticWeightAveraging(1e-2, 1)}
+    if hasattr(kinds, "EMAWeightAveraging"):  # Lightning 2.6
+        made["ema"] = lambda: kinds.EMAWeightAveraging(decay=0.9)
+        made["ema late"] = lambda: kinds.EMAWeightAveraging(decay=0.5, update_starting_at_step=9)
+    return made
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("policy", ["update", "freeze"])
+@pytest.mark.parametrize("name", _averages())
+def test_average_written_at_the_end_is_what_is_reported(
+    name: str, policy: str, first: bool, tmp_path: Path
+) -> None:
+    """Fails if the run ends before the average is written: the report's digest is then of weights
+    that nobody has; or if averaging moves a frozen entry or running mean by its rounding."""
+    model, run, average = Classifier(), callback(norm_statistics=policy), _averages()[name]()
+    then = bits_of(model)
+    order = (run, average) if first else (average, run)
+    trainer(tmp_path, *order).fit(model, loader())
+    assert run.report.phase == "finished"
+    assert run.report.model_after == checkpoint.model_digest(model)
+    frozen_moved, free_moved = moved(model, then, free_of(run))
+    assert run.report.frozen_entries_moved == frozen_moved == 0
+    assert free_moved > 0
+    same = torch.equal(model.net[1].running_mean, then["net.1.running_mean"])
+    assert same == (policy == "freeze")
+
+
+def test_weights_that_the_module_writes_at_the_end_are_counted(tmp_path: Path) -> None:
+    """Fails if what a LightningModule does to frozen weights in its last event goes unseen."""
+
+    class Restoring(Classifier):
+        def on_train_end(self) -> None:
+            with torch.no_grad():
+                self.net[4].weight.add_(1.0)
+
+    run = callback()
+    with pytest.raises(deepclean.GuardError, match="frozen entries moved"):
+        trainer(tmp_path, run).fit(Restoring(), loader())
+    assert run.report.frozen_entries_moved
+    assert json.loads((tmp_path / "report.json").read_text())["frozen_entries_moved"]
+
+
+def test_two_lines_tell_what_happened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if a Lightning Trainer without a logger shows nothing of the run."""
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, callback()).fit(Classifier(), loader())
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("deepclean: ")]
+    assert len(lines) == 2
+    assert "selected by deepclean" in lines[0]
+    assert f"0 frozen entries moved in 16 optimizer steps, report in {tmp_path}" in lines[1]
+
+
+def test_every_option_reaches_the_run(tmp_path: Path) -> None:
+    """Fails if an option that a session takes is not taken, or not used, by the callback."""
+    run = callback(
+        scores=True,
+        test=RETAIN,
+        forget_test=FORGET,
+        gold=[Classifier(), Classifier()],
+        norm_statistics="freeze",
+        dead_count=False,
+        batch_size=4,
+        progress=False,
+        folder=tmp_path / "told",
+    )
+    trainer(tmp_path, run).fit(Classifier(), loader())
+    assert set(run.report.scores["after"]["sets"]) == {"forget", "retain", "test", "forget_test"}
+    assert run.report.dead_fraction is None
+    assert (tmp_path / "told" / "report.txt").is_file()
+    assert not (tmp_path / "report.txt").exists()
+    with pytest.raises(TypeError, match="no option 'golds'; the options are loss_fn"):
+        callback(golds=1)
