@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +16,35 @@ from deepclean_hooks.stored.bits import as_bytes
 
 Batch = Any  # what the user's loader yields
 
+_T = TypeVar("_T")
+_LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+_NO_LABELS = ("idx", "index", "indices", "id", "ids", "length", "lengths")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class SampleList(list[_T]):
+    """A list with one entry for each sample of its batch, such as images of different sizes."""
+
+
+def shared(tensor: Tensor) -> Tensor:
+    """An alias of a tensor that belongs to no single sample, whatever its first dimension: class
+    weights that travel with the batch."""
+    alias = tensor.detach()
+    alias._is_shared = True  # type: ignore[attr-defined]  # on our alias, not on the user's tensor
+    return alias
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether `shared` made it, or `map_tensors` from such a tensor."""
+    return getattr(tensor, "_is_shared", False)
+
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """The same batch with every tensor replaced; mappings come back as dict, everything else as it
     was."""
     if isinstance(batch, Tensor):
-        return change(batch)
+        changed = change(batch)
+        return shared(changed) if is_shared(batch) else changed
     if isinstance(batch, Mapping):
         return {key: map_tensors(value, change) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -43,17 +66,41 @@ def tensors(batch: Batch) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
+def label_key(batch: Mapping[Any, Any]) -> Any:
+    """The key of a mapping's class indices; None where there is none, or more than one that could
+    be it."""
+    if "labels" in batch:
+        return "labels"
+    candidates = [
+        key
+        for key, value in batch.items()
+        if isinstance(value, Tensor)
+        and value.dim() == 1
+        and value.dtype in _INTEGERS
+        and key not in _NO_LABELS
+    ]
+    if len(candidates) > 1:
+        candidates = [key for key in candidates if key in _LABEL_NAMES]
+    return candidates[0] if len(candidates) == 1 else None
+
+
+def labels_of(batch: Batch) -> Any:
+    """The labels of a batch `(x, y)` or of a mapping with class indices; None for others."""
+    if isinstance(batch, Mapping):
+        return batch.get(label_key(batch))
+    return batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+
+
 def size(batch: Batch) -> int:
-    """N, the number of samples: the length of the labels if the batch has them, of its first tensor
-    otherwise."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
-        candidates = [batch["labels"]]
-    elif isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Tensor):
-        candidates = [batch[1]]
-    else:
-        candidates = list(tensors(batch))
-    for tensor in candidates:
-        if tensor.dim():
+    """N, the number of samples: the length of the labels if the batch has them, of a list of
+    samples or of its first tensor otherwise."""
+    labels = labels_of(batch)
+    if isinstance(labels, Tensor) and labels.dim():
+        return int(labels.shape[0])
+    for held in _samples_in(batch):
+        return len(held)
+    for tensor in tensors(batch):
+        if tensor.dim() and not is_shared(tensor):
             return int(tensor.shape[0])
     raise TypeError(
         f"cannot tell how many samples a batch of type {type(batch).__name__} holds: it has no "
@@ -62,17 +109,47 @@ def size(batch: Batch) -> int:
     )
 
 
+def _samples_in(batch: Batch) -> Iterator[SampleList[Any]]:
+    if isinstance(batch, SampleList):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _samples_in(value)
+
+
 def rows(batch: Batch, index: Tensor) -> Batch:
     """The samples at `index` (a 1-D tensor of positions, repeats allowed) as a batch of the same
     form."""
-    count = size(batch)
+    return _rows(batch, index, size(batch), outermost=True)
 
-    def pick(tensor: Tensor) -> Tensor:
-        if tensor.dim() and tensor.shape[0] == count:
-            return tensor.index_select(0, index.to(tensor.device))
-        return tensor
 
-    return map_tensors(batch, pick)
+def _rows(batch: Batch, index: Tensor, count: int, *, outermost: bool = False) -> Batch:
+    if isinstance(batch, Tensor):
+        if batch.dim() and batch.shape[0] == count and not is_shared(batch):
+            return batch.index_select(0, index.to(batch.device))
+        return batch
+    if isinstance(batch, Mapping):
+        return {key: _rows(value, index, count) for key, value in batch.items()}
+    if not isinstance(batch, list | tuple):
+        return batch
+    if len(batch) == count and (
+        isinstance(batch, SampleList) or (not outermost and _of_samples(batch, count))
+    ):
+        return type(batch)(batch[i] for i in index.tolist())
+    parts = [_rows(value, index, count) for value in batch]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+def _of_samples(values: list[Any] | tuple[Any, ...], count: int) -> bool:
+    """Whether a list of N entries has one for each sample: tensors that are not of N rows
+    themselves, or no tensors at all."""
+    if hasattr(values, "_fields"):
+        return False
+    held = [value for value in values if isinstance(value, Tensor)]
+    if held:
+        batched = all(tensor.dim() and tensor.shape[0] == count for tensor in held)
+        return len(held) == len(values) and not batched
+    return not any(isinstance(value, Mapping | list | tuple) for value in values)
 
 
 def split(batch: Batch, most: int) -> Iterator[Batch]:
@@ -103,10 +180,28 @@ def sample_ids(batch: Batch) -> list[int]:
     (BLAKE2b)."""
     count = size(batch)
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(count)]
-    for tensor in tensors(batch):
-        if tensor.dim() and tensor.shape[0] == count and tensor.numel():
-            data = as_bytes(tensor)
-            step = len(data) // count
-            for i, one in enumerate(hashes):
-                one.update(data[i * step : (i + 1) * step])
+    _hash_rows(batch, hashes, outermost=True)
     return [int.from_bytes(one.digest(), "little", signed=True) for one in hashes]
+
+
+def _hash_rows(batch: Batch, hashes: list[Any], *, outermost: bool = False) -> None:
+    count = len(hashes)
+    if isinstance(batch, Tensor):
+        if batch.dim() and batch.shape[0] == count and batch.numel() and not is_shared(batch):
+            data = as_bytes(batch)
+            step = len(data) // count
+            for i, sample in enumerate(hashes):
+                sample.update(data[i * step : (i + 1) * step])
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            _hash_rows(value, hashes)
+    elif isinstance(batch, list | tuple):
+        single = isinstance(batch, SampleList) or (not outermost and _of_samples(batch, count))
+        if single and len(batch) == count:
+            for value, sample in zip(batch, hashes, strict=True):
+                for tensor in tensors(value):
+                    if tensor.numel():
+                        sample.update(as_bytes(tensor))
+        else:
+            for value in batch:
+                _hash_rows(value, hashes)

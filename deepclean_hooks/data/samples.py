@@ -3,65 +3,99 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    Subset,
-)
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from deepclean_hooks import ranks
-from deepclean_hooks.data import batches
+from deepclean_hooks.data import batches, fingerprints, indices, layout, loaders
 from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.fingerprints import Identifying
+from deepclean_hooks.data.loaders import Opened
+from deepclean_hooks.data.streams import Stream
+from deepclean_hooks.model import random_state
 
 Data = DataLoader[Any] | Dataset[Any]
 DEFAULT_BATCH_SIZE = 64
+PROBES = 32  # samples that are read twice, spread over the set, to see whether they change
 
 
 @dataclass(frozen=True)
 class Samples:
     """The distinct samples behind a loader or a data set, and how they become batches.
 
-    `indices` is None where only the loader knows them (an IterableDataset, or a loader without
-    batching); the loader is then walked as it is.
+    `indices` is None where only walking tells which samples there are (an IterableDataset, a loader
+    without batching, a wrapper that makes batches its own way): `stream` is then walked.
     """
 
     dataset: Any
-    indices: tuple[int, ...] | None
+    indices: tuple[indices.Index, ...] | None
     batch_size: int
     collate_fn: Callable[[list[Any]], Batch] | None
-    loader: DataLoader[Any] | None = None
+    loader: Any = None
     options: dict[str, Any] = field(default_factory=dict)
+    finish: Callable[[Batch], Batch] | None = None
+    stream: Stream | None = None
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches: every sample once, in index order, the last batch as short as it
         comes."""
+        for _, batch in self._walked(self.collate_fn):
+            yield batch
+
+    def identified(self) -> Iterator[tuple[list[int], Batch]]:
+        """The same batches, each with the fingerprints of its samples."""
+        yield from self._walked(Identifying(self.collate_fn))
+
+    def _walked(self, collate: Any) -> Iterator[tuple[list[int], Batch]]:
+        if self.stream is not None:
+            yield from self.stream.walk()
         if self.indices is None:
-            yield from self.loader if self.loader is not None else ()
             return
         mine = [self.indices[i] for i in ranks.share(len(self.indices))]
-        if mine:
-            yield from DataLoader(
-                Subset(self.dataset, mine),
-                batch_size=self.batch_size,
-                shuffle=False,
-                collate_fn=self.collate_fn,
-                # A generator of its own: iterating a DataLoader draws a seed from the global one
-                # otherwise.
-                generator=torch.Generator(),
-                **self.options,
-            )
+        if not mine:
+            return
+        for read in DataLoader(
+            Subset(self.dataset, mine),
+            batch_size=self.batch_size,
+            shuffle=False,
+            collate_fn=collate,
+            # A generator of its own: iterating a DataLoader draws a seed from the global one
+            # otherwise.
+            generator=torch.Generator(),
+            **self.options,
+        ):
+            ids, batch = read if isinstance(collate, Identifying) else ([], read)
+            batch = layout.marked(batch, self.layout)
+            yield ids, batch if self.finish is None else self.finish(batch)
+
+    @cached_property
+    def layout(self) -> layout.Layout | None:
+        """Which parts of a batch belong to single samples, where a collate function of the user's
+        own makes it."""
+        if self.indices is None or fingerprints.kind_of(self.collate_fn) == fingerprints.PLAIN:
+            return None
+        with random_state.kept():
+            few = [self.dataset[i] for i in self.indices[:3]]
+            return layout.of_collate(self.collate_fn or default_collate, few)
+
+    @property
+    def fingerprints(self) -> str:
+        """What the fingerprints of its samples are of: PLAIN, SAMPLES or ROWS."""
+        return fingerprints.kind_of(self.collate_fn) if self.stream is None else self.stream.kind
+
+    def sample(self, position: int) -> Batch:
+        """The batch of a single sample."""
+        assert self.indices is not None  # a stream has no positions
+        batch = (self.collate_fn or default_collate)([self.dataset[self.indices[position]]])
+        batch = layout.marked(batch, self.layout)
+        return batch if self.finish is None else self.finish(batch)
 
     def shuffled(self, seed: int) -> DataLoader[Any]:
         """A loader over the same samples in random order, drawn from a generator of its own, for
@@ -70,6 +104,7 @@ class Samples:
             raise ValueError(
                 "only samples with indices can be shuffled; pass a Dataset with a length"
             )
+        collate = self.collate_fn
         return DataLoader(
             Subset(self.dataset, list(self.indices)),
             batch_size=self.batch_size,
@@ -77,18 +112,28 @@ class Samples:
             # BatchNorm cannot train on a batch of one.
             drop_last=1 < self.batch_size < len(self.indices)
             and len(self.indices) % self.batch_size == 1,
-            collate_fn=self.collate_fn,
+            collate_fn=collate if self.finish is None else _Finished(collate, self.finish),
             generator=torch.Generator().manual_seed(seed),
             **self.options,
         )
 
     def __len__(self) -> int:
         """Batches of this rank; 0 where the number is not known beforehand."""
-        if self.indices is None:
-            with contextlib.suppress(TypeError):
-                return len(self.loader) if self.loader is not None else 0
-            return 0
-        return -(-len(ranks.share(len(self.indices))) // self.batch_size)
+        if self.indices is not None:
+            return -(-len(ranks.share(len(self.indices))) // self.batch_size)
+        with contextlib.suppress(TypeError):  # a loader over a stream has a __len__ that raises
+            return len(self.loader)
+        return 0
+
+
+class _Finished:
+    """A collate function followed by what the user's wrapper does to a batch."""
+
+    def __init__(self, collate: Any, finish: Callable[[Batch], Batch]) -> None:
+        self.collate, self.finish = collate or default_collate, finish
+
+    def __call__(self, samples: list[Any]) -> Batch:
+        return self.finish(self.collate(samples))
 
 
 def samples_of(
@@ -98,46 +143,54 @@ def samples_of(
     batch_size: int | None = None,
     collate_fn: Any = None,
 ) -> Samples:
-    """The distinct samples of a DataLoader or a Dataset, whatever its order, shuffling or
-    drop_last; Samples are returned as they are.
+    """The distinct samples of a DataLoader, of what wraps one, or of a Dataset, whatever its order,
+    shuffling or drop_last; Samples are returned as they are.
 
-    Raises ValueError for an empty set and for a sampler that repeats samples, TypeError for
-    anything else.
+    Raises ValueError for an empty set and for a sampler that repeats samples or draws others in
+    each pass, TypeError for anything else.
     """
     if isinstance(data, Samples):
         return data
-    if isinstance(data, DataLoader):
-        return _of_loader(data, name, batch_size, collate_fn)
+    if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    read = loaders.opened(data)
+    if read is not None:
+        return _of_loader(read, name, batch_size, collate_fn)
     if isinstance(data, IterableDataset):
-        loader: DataLoader[Any] = DataLoader(
-            data, batch_size=batch_size or DEFAULT_BATCH_SIZE, collate_fn=collate_fn
+        return _of_stream(data, name, batch_size or DEFAULT_BATCH_SIZE, collate_fn)
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"{name} is a mapping with the keys {sorted(map(str, data))[:5]}; pass the data set "
+            f"under one of them, such as {name}=data[{next(iter(data), None)!r}]"
         )
-        return _of_loader(loader, name, None, None)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         _require_some(len(data), name)
+        _require_positions(data, name)
         size = batch_size or DEFAULT_BATCH_SIZE
         return Samples(data, tuple(range(len(data))), size, collate_fn)
+    inside = " (its attribute dataset)" if hasattr(data, "dataset") else ""
     raise TypeError(
-        f"{name} must be a DataLoader or a Dataset with a length, got {type(data).__name__}; wrap "
-        "it in a torch.utils.data.DataLoader"
+        f"{name} must be a DataLoader or a Dataset with a length, got {type(data).__name__}; pass "
+        f"the Dataset that it reads from{inside}, with batch_size= and collate_fn= as it has them"
     )
 
 
-def _of_loader(loader: DataLoader[Any], name: str, batch_size: int | None, collate: Any) -> Samples:
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+def _of_loader(read: Opened, name: str, batch_size: int | None, collate: Any) -> Samples:
+    loader = read.loader
+    if isinstance(loader.dataset, IterableDataset):
         if loader.drop_last:
             raise ValueError(
                 f"{name} is a loader over an IterableDataset with drop_last=True, which leaves "
                 "samples out; use drop_last=False"
             )
-        if ranks.world()[1] > 1:
-            raise ValueError(
-                f"{name} is a loader whose samples have no indices, so {ranks.world()[1]} ranks "
-                "cannot share them each once; use a Dataset with a length"
+        if read.as_is is None:
+            return _of_stream(
+                loader.dataset, name, loader.batch_size, collate or loader.collate_fn, read
             )
-        return Samples(loader.dataset, None, loader.batch_size or 1, None, loader)
-    indices = tuple(_indices(loader, name))
-    _require_some(len(indices), name)
+    if read.as_is is not None or loader.batch_sampler is None:
+        return _as_it_is(read, name)
+    drawn = indices.of_loader(loader, name)
+    _require_some(len(drawn), name)
     options: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory and torch.cuda.is_available(),
@@ -149,12 +202,69 @@ def _of_loader(loader: DataLoader[Any], name: str, batch_size: int | None, colla
     size = batch_size or loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
     return Samples(
         loader.dataset,
-        indices,
+        drawn,
         int(size or DEFAULT_BATCH_SIZE),
-        collate or loader.collate_fn,
+        loaders.unmixed(collate or loader.collate_fn),
         loader,
         options,
+        read.finish,
     )
+
+
+def _of_stream(
+    dataset: Any, name: str, batch_size: int | None, collate: Any, read: Opened | None = None
+) -> Samples:
+    """A stream is read in this process: workers that do not share it would each give all of it."""
+    _require_one_rank(name)
+    finish = None if read is None else read.finish
+    collate = loaders.unmixed(collate)
+
+    batched = None if batch_size is None else Identifying(collate)
+
+    def start() -> Iterator[tuple[list[int], Batch]]:
+        plain: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=batched or collate,
+            generator=torch.Generator(),
+        )
+        for each in plain:
+            ids, batch = (batches.sample_ids(each), each) if batched is None else each
+            yield ids, batch if finish is None else finish(batch)
+
+    length = len(dataset) if batched is not None and hasattr(dataset, "__len__") else None
+    kind = fingerprints.ROWS if batched is None else fingerprints.kind_of(collate)
+    stream = Stream(start, name, kind, length)
+    loader = None if read is None else read.loader
+    return Samples(dataset, None, batch_size or 1, collate, loader, finish=finish, stream=stream)
+
+
+def _as_it_is(read: Opened, name: str) -> Samples:
+    """A loader whose batches only it can make."""
+    _require_one_rank(name)
+    walked: Any = read.loader if read.as_is is None else read.as_is
+
+    def start() -> Iterator[tuple[list[int], Batch]]:
+        for batch in walked:
+            yield batches.sample_ids(batch), batch
+
+    length = None
+    if read.loader.batch_sampler is not None and not isinstance(
+        read.loader.dataset, IterableDataset
+    ):
+        length = len(indices.of_loader(read.loader, name))
+    stream = Stream(start, name, fingerprints.ROWS, length)
+    return Samples(
+        read.loader.dataset, None, read.loader.batch_size or 1, None, walked, stream=stream
+    )
+
+
+def _require_one_rank(name: str) -> None:
+    if ranks.world()[1] > 1:
+        raise ValueError(
+            f"{name} is a loader whose samples have no indices, so {ranks.world()[1]} ranks "
+            "cannot share them each once; use a Dataset with a length"
+        )
 
 
 def _require_some(count: int, name: str) -> None:
@@ -162,71 +272,52 @@ def _require_some(count: int, name: str) -> None:
         raise ValueError(f"{name} is empty: it has 0 samples; check how the subset was made")
 
 
-def _indices(loader: DataLoader[Any], name: str) -> Iterator[int]:
-    """The indices a loader draws from, each once: those of its innermost sampler."""
-    sampler: Any = loader.batch_sampler
-    while hasattr(sampler, "batch_sampler"):  # Accelerate's shards wrap the user's batch sampler
-        sampler = sampler.batch_sampler
-    sampler = getattr(sampler, "sampler", sampler)
-    if type(sampler) is SequentialSampler or (
-        isinstance(sampler, RandomSampler) and not sampler.replacement and _draws_all(sampler)
-    ):
-        yield from range(len(sampler.data_source))
-        return
-    if isinstance(sampler, DistributedSampler):
-        if sampler.dataset is loader.dataset:
-            yield from range(len(sampler.dataset))  # type: ignore[arg-type]  # it has a length
-            return
-        # Lightning puts the user's own sampler in as if it were the data set.
-        sampler = getattr(sampler.dataset, "_sampler", None)
-        if sampler is None:
-            raise ValueError(
-                f"the DistributedSampler of {name} is of another data set than the loader, so "
-                "which samples it draws is not known; pass the Dataset (a Subset) itself"
-            )
-    drawn = sampler.indices if hasattr(sampler, "indices") else _flatten(sampler)
-    indices = [int(i) for i in drawn]
-    if len(set(indices)) < len(indices):
-        raise ValueError(
-            f"the sampler of {name} ({type(sampler).__name__}) repeats samples: {len(indices)} "
-            f"draws, {len(set(indices))} distinct; pass a Dataset, or a loader that shows each "
-            "sample once"
-        )
-    yield from sorted(indices)
+def _require_positions(data: Any, name: str) -> None:
+    with random_state.kept():
+        try:
+            data[0]
+        except KeyError as reason:
+            raise TypeError(
+                f"{name} is a {type(data).__name__} that has no sample 0 (KeyError: {reason}), so "
+                "it is indexed by keys; pass a DataLoader with a sampler of its keys"
+            ) from reason
 
 
-def _draws_all(sampler: RandomSampler) -> bool:
-    return sampler.num_samples == len(sampler.data_source)
-
-
-def _flatten(sampler: Sampler[Any]) -> Iterator[int]:
-    for drawn in sampler:
-        if isinstance(drawn, int | Tensor):
-            yield int(drawn)
-        else:
-            yield from (int(i) for i in drawn)
-
-
-def origin(source: Samples) -> tuple[int, set[int]] | None:
+def origin(source: Samples) -> tuple[int, set[indices.Index]] | None:
     """(identity of the innermost data set, indices into it), or None where the samples have no
     indices."""
     if source.indices is None:
         return None
-    dataset, indices = source.dataset, list(source.indices)
+    dataset, inside = source.dataset, list(source.indices)
     while isinstance(dataset, Subset):
-        indices = [int(dataset.indices[i]) for i in indices]
+        inside = [indices.as_index(dataset.indices[i]) for i in inside]
         dataset = dataset.dataset
-    return id(dataset), set(indices)
+    return id(dataset), set(inside)
 
 
-def changes_from_pass_to_pass(source: Samples, probes: int = 4) -> bool:
-    """Whether reading a sample twice gives two different samples: an augmenting transform."""
+def changes_from_pass_to_pass(source: Samples, probes: int = PROBES) -> bool:
+    """Whether reading a sample twice gives two different samples: an augmenting transform.
+
+    Reads samples spread over the set; those of a stream are compared by `Stream.changes`.
+    """
     if source.indices is None:
         return False
-    collate = source.collate_fn or torch.utils.data.default_collate
-    chosen = [source.dataset[i] for i in source.indices[:probes]]
-    again = [source.dataset[i] for i in source.indices[:probes]]
-    return batches.sample_ids(collate(chosen)) != batches.sample_ids(collate(again))
+    # Drawn, because a transform may work on every second sample; always the same ones.
+    count = min(probes, len(source.indices))
+    chosen = random.Random(0).sample(range(len(source.indices)), count)
+    with random_state.kept():
+        first, again = (_read(source, chosen) for _ in range(2))
+    return first != again
+
+
+def _read(source: Samples, positions: list[int]) -> tuple[list[int], list[int]]:
+    """The fingerprints of some samples, before and after they are collated."""
+    assert source.indices is not None
+    found = [source.dataset[source.indices[at]] for at in positions]
+    ids = [fingerprints.of_sample(sample) for sample in found]
+    if source.fingerprints == fingerprints.PLAIN:
+        return ids, []
+    return ids, batches.sample_ids((source.collate_fn or default_collate)(found))
 
 
 def require_same_on_ranks(source: Samples, name: str, changing: bool, probes: int = 4) -> None:
@@ -241,23 +332,25 @@ def require_same_on_ranks(source: Samples, name: str, changing: bool, probes: in
     with ranks.fail_together():
         if not changing:
             chosen = source.indices[:: max(1, len(source.indices) // probes)][:probes]
-            collate = source.collate_fn or torch.utils.data.default_collate
-            content = batches.sample_ids(collate([source.dataset[i] for i in chosen]))
+            with random_state.kept():
+                content = [fingerprints.of_sample(source.dataset[i]) for i in chosen]
     ranks.require_same_samples(name, source.indices, content)
+
+
+def changing_warning(name: str) -> str:
+    """What is to be said of a set whose samples change from pass to pass."""
+    return (
+        f"the samples of {name} change from pass to pass (a random transform): the measurement "
+        "is of the augmented samples of one pass, and another pass gives another one; use the "
+        "test-time transform"
+    )
 
 
 def warn_if_changing(source: Samples, name: str) -> bool:
     """Warns, once a set, that its samples change from pass to pass; returns whether they do."""
     changing = changes_from_pass_to_pass(source)
     if changing:
-        warnings.warn(
-            f"the samples of {name} change from pass to pass (a random transform): the measurement "
-            "is of the "
-            "augmented samples of one pass, and another pass gives another one; use the "
-            "test-time transform",
-            UserWarning,
-            stacklevel=3,
-        )
+        warnings.warn(changing_warning(name), UserWarning, stacklevel=3)
     return changing
 
 

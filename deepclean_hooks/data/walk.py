@@ -32,11 +32,12 @@ def walk(
     source = samples_of(data, name=name)
     # disable=None: tqdm shows nothing where standard error is not a terminal.
     hidden = None if progress is not None and ranks.is_first() else True
-    for batch in tqdm(
-        source.batches(), desc=progress, total=len(source) or None, disable=hidden, leave=False
+    read = source.identified() if ids is not None else (([], batch) for batch in source.batches())
+    for known, batch in tqdm(
+        read, desc=progress, total=len(source) or None, disable=hidden, leave=False
     ):
         if ids is not None:
-            ids.extend(batches.sample_ids(batch))
+            ids.extend(known)
         yield batches.to(batch, torch.device(device), dtype)
 
 
@@ -66,10 +67,8 @@ def walk_together(
         if not most:
             return
         if kept is None:
-            assert source.indices is not None  # samples_of refuses the others on several ranks
-            collate = source.collate_fn or torch.utils.data.default_collate
-            first = collate([source.dataset[source.indices[0]]])
-            kept = batches.to(first, torch.device(device), dtype)
+            # samples_of refuses streams on several ranks
+            kept = batches.to(source.sample(0), torch.device(device), dtype)
         if batches.size(kept) == most:
             yield kept, counted
         else:

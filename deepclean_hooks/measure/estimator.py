@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 
 from deepclean_hooks import ranks
-from deepclean_hooks.data import batches
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.measure.measurement import Measurement
@@ -40,6 +39,7 @@ class Estimator(ABC):
             "model": request.origin,
             "loss": name_of(request.loss_fn),
             "estimator": repr(self),
+            "fingerprints": request.data.fingerprints,
             "torch": str(torch.__version__),
             **more,
         }
@@ -55,7 +55,7 @@ class SamplesOnly(Estimator):
     def __call__(self, request: Request) -> Measurement:
         """Reads the samples; the model does not run."""
         with ranks.fail_together():
-            ids = [i for batch in request.data.batches() for i in batches.sample_ids(batch)]
+            ids = [i for known, _ in request.data.identified() for i in known]
         samples = all_samples(ids)
         zeros = {
             name: torch.zeros((), device=p.device).expand(p.shape)

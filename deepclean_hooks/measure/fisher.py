@@ -8,6 +8,7 @@ labels, in eval mode.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import (
     Data,
     Samples,
+    changing_warning,
     require_same_on_ranks,
     samples_of,
     warn_if_changing,
@@ -50,7 +52,8 @@ class FisherDiagonal(Measurement):
     """
 
     noun = "diagonal"
-    file_format = "deepclean-hooks fisher diagonal 1"
+    file_format = "deepclean-hooks fisher diagonal"
+    squares = True
 
     def _difference(self, one: Tensor, other: Tensor) -> Tensor:
         difference = one - other
@@ -123,6 +126,9 @@ def diagonal(
         pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
         engine, ids = pass_.run(request.label("Fisher"))
     sums, samples = _over_ranks(engine, ids, name)
+    if source.stream is not None and source.stream.changes():
+        changing = True
+        warnings.warn(changing_warning(name), UserWarning, stacklevel=2)
     settings = {
         "model": origin,
         "loss": name_of(loss),
@@ -131,6 +137,7 @@ def diagonal(
         "accumulate": str(accumulate).removeprefix("torch."),
         "one_sample_loop": dict(sorted(engine.notes.items())),
         "samples_change": changing,
+        "fingerprints": source.fingerprints,
         "torch": str(torch.__version__),
     }
     return FisherDiagonal(sums, len(samples), samples, settings)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deepclean_hooks import ranks
+from deepclean_hooks.data import batches
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.walk import walk
 from deepclean_hooks.measure.estimator import Estimator
@@ -41,7 +42,7 @@ class InputGrams(Measurement):
     """
 
     noun = "set of Gram matrices"
-    file_format = "deepclean-hooks input grams 1"
+    file_format = "deepclean-hooks input grams"
 
     def _settings_with(self, other: Measurement, sign: int) -> dict[str, Any]:
         mine, theirs = self.settings["classes"], other.settings["classes"]
@@ -125,10 +126,7 @@ def _count_labels(counts: Counter[str] | None, batch: Batch) -> Counter[str] | N
 
 def class_labels(batch: Batch) -> Tensor | None:
     """The class indices (N,) of a batch `(x, y)` or of a mapping with `labels`; None for others."""
-    if isinstance(batch, dict):
-        labels = batch.get("labels")
-    else:
-        labels = batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+    labels = batches.labels_of(batch)
     whole = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
     return labels if whole else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,17 +13,16 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.stored import tensor_file
 from deepclean_hooks.stored.checkpoint import model_digest
-from deepclean_hooks.stored.files import written_whole
 
 M = TypeVar("M", bound="Measurement")
+
+_VERSION = 2  # of the file: 1 has no digest
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Measurement:
     """
 
     noun: ClassVar[str] = "measurement"
-    file_format: ClassVar[str] = "deepclean-hooks measurement 1"
+    file_format: ClassVar[str] = "deepclean-hooks measurement"
+    squares: ClassVar[bool] = False  # whether no sum can be negative
 
     sums: dict[str, Tensor]
     count: int
@@ -186,23 +187,22 @@ class Measurement:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; the settings are its metadata.
+        """Writes a safetensors file, whole or not at all, with a digest of its content; the
+        settings are its metadata.
 
-        Sharded sums are gathered one after the other and written by rank 0, so all ranks call this.
+        Raises ValueError for sums that `load` would refuse. Sharded sums are gathered one after
+        the other and written by rank 0, so all ranks call this.
         """
-        target = Path(path)
+        if not any(map(shards.is_shard, self.sums.values())):
+            self.require_sane("it was not stored")
         tensors = {f"sums/{name}": total.contiguous() for name, total in self.sums.items()}
         tensors["samples"], tensors["taken_out"] = self.samples, self.taken_out
         metadata = {
-            "format": self.file_format,
+            "format": f"{self.file_format} {_VERSION}",
             "count": str(self.count),
             "settings": json.dumps(self.settings),
         }
-        if any(map(shards.is_shard, self.sums.values())):
-            tensor_file.write(tensors, target, metadata)
-            return
-        with written_whole(target) as temporary:
-            save_file(tensors, temporary, metadata)
+        tensor_file.write(tensors, Path(path), metadata)
 
     @classmethod
     def load(
@@ -212,30 +212,68 @@ class Measurement:
         *,
         like: nn.Module | None = None,
     ) -> M:
-        """Reads what `save` wrote; raises ValueError for another file.
+        """Reads what `save` wrote; raises ValueError for a damaged file and for another one.
 
-        `like`, a model under FSDP2: every rank keeps its shard of each sum, where the model has
-        it, and reads the file one tensor after the other.
+        A file of an earlier version has no digest: it is read with a warning, if its numbers can
+        be a measurement's. `like`, a model under FSDP2: every rank keeps its shard of each sum,
+        where the model has it, and reads the file one tensor after the other.
         """
+        where = os.fspath(path)
         parameters = {} if like is None else fsdp.parameters_of(unwrap(like))
-        with safe_open(os.fspath(path), framework="pt", device=device) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != cls.file_format:
+        tensors, metadata, vouched = tensor_file.read(
+            where,
+            device,
+            lambda key, whole: shards.cut(whole, parameters.get(key.removeprefix("sums/"))),
+        )
+        known = (f"{cls.file_format} {_VERSION}", f"{cls.file_format} 1")
+        if metadata.get("format") not in known:
+            raise ValueError(
+                f"{where} is no stored {cls.__name__} (format {metadata.get('format')!r}); write "
+                f"it with {cls.__name__}.save"
+            )
+        if metadata["format"] == known[0] and not vouched:
+            raise ValueError(f"{where} is damaged: its digest is missing; measure again and save")
+        try:
+            samples = tensors.pop("samples").cpu()
+            # The first files did not keep what was taken out.
+            taken_out = tensors.pop("taken_out", samples[:0]).cpu()
+            sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
+            settings, count = json.loads(metadata["settings"]), int(metadata["count"])
+            loaded = cls(sums, count, samples, settings, taken_out)
+            loaded.require_sane("the file is damaged; measure again and save")
+        except (KeyError, TypeError, ValueError) as reason:
+            raise ValueError(f"{where} is no whole {cls.noun}: {reason}") from reason
+        if not vouched:
+            warnings.warn(
+                f"{where} was written by an earlier version without a digest: a flipped bit in it "
+                f"would not be noticed; save it again ({cls.__name__}.load(path).save(path)) if "
+                "you know that it is whole",
+                UserWarning,
+                stacklevel=2,
+            )
+        return loaded
+
+    def require_sane(self, consequence: str) -> None:
+        """Raises ValueError for what no measurement holds: NaN, infinity, squares below 0, counts
+        that do not fit the samples; `consequence` ends the message."""
+        for what, ids in (("samples", self.samples), ("taken_out", self.taken_out)):
+            if ids.dtype != torch.int64 or ids.dim() != 1:
+                raise ValueError(f"{what} must be fingerprints, int64 of one dimension")
+        if not isinstance(self.settings, dict):
+            raise ValueError(f"the settings are {type(self.settings).__name__}, not a mapping")
+        if not 0 <= self.count <= len(self.samples):
+            raise ValueError(
+                f"it claims {self.count} terms of {len(self.samples)} samples; {consequence}"
+            )
+        for name, total in self.sums.items():
+            part = shards.local(total)
+            if not torch.isfinite(part).all():
+                raise ValueError(f"the sum of {name} is NaN or infinite; {consequence}")
+            if self.squares and part.numel() and part.min() < 0:
                 raise ValueError(
-                    f"{os.fspath(path)} is no stored {cls.__name__} (format "
-                    f"{metadata.get('format')!r}); write one with {cls.__name__}.save"
+                    f"the sum of {name} is negative, {float(part.min())}, which no sum of squares "
+                    f"is; {consequence}"
                 )
-            keys = file.keys()  # safe_open is no mapping to iterate over
-            tensors = {
-                key: shards.cut(file.get_tensor(key), parameters.get(key.removeprefix("sums/")))
-                for key in keys
-            }
-        samples = tensors.pop("samples").cpu()
-        # A file from before this was kept has none.
-        taken_out = tensors.pop("taken_out", samples[:0]).cpu()
-        sums = {key.removeprefix("sums/"): tensor for key, tensor in tensors.items()}
-        settings = json.loads(metadata["settings"])
-        return cls(sums, int(metadata["count"]), samples, settings, taken_out)
 
 
 def _without(fingerprints: Tensor, *present: Tensor) -> Tensor:

@@ -3,6 +3,8 @@ content tells."""
 
 from __future__ import annotations
 
+from deepclean_hooks import ranks
+from deepclean_hooks.data import fingerprints
 from deepclean_hooks.measure.measurement import Measurement
 
 
@@ -28,7 +30,9 @@ def without(stored: Measurement, forget: Measurement) -> Measurement:
     """
     stored.require_same_origin(forget, of_model=not stored.earlier_weights)
     stored = stored.restricted_to(forget.sums)
+    _require_sane(stored)
     present = stored.contains(forget)
+    _require_known(stored, forget, present)
     already = stored.already_out(forget)
     if already:
         itself = "with of_earlier_weights(without=...)" if stored.earlier_weights else "as it is"
@@ -61,10 +65,29 @@ def of_both(stored: Measurement, forget: Measurement) -> Measurement:
     Raises ValueError unless every forget sample is in it.
     """
     stored.require_same_origin(forget)
+    _require_sane(stored)
     present, wanted = stored.contains(forget), len(forget.samples)
+    _require_known(stored, forget, present)
     if present < wanted:
         raise ValueError(
             f"{wanted - present} of the {wanted} forget samples are not in the stored "
             f"{stored.noun}, which must be of the whole training set; measure that"
         )
     return stored.restricted_to(forget.sums)
+
+
+def _require_sane(stored: Measurement) -> None:
+    with ranks.fail_together():
+        stored.require_sane(f"the stored {stored.noun} is damaged; measure it again")
+
+
+def _require_known(stored: Measurement, forget: Measurement, present: int) -> None:
+    """Raises ValueError where fingerprints do not tell which forget samples are in the stored."""
+    kinds = [each.settings.get("fingerprints") for each in (stored, forget)]
+    if present < len(forget.samples) and not fingerprints.comparable(*kinds):
+        raise ValueError(
+            f"the stored {stored.noun} knows its samples by {kinds[0] or fingerprints.ROWS} (as "
+            f"earlier versions did), the forget set by {kinds[1] or fingerprints.ROWS}: whether "
+            f"the {len(forget.samples)} forget samples are in it cannot be told, {present} of them "
+            "match; measure the training set again and save it"
+        )

@@ -78,7 +78,8 @@ def _with_nan(
     model: nn.Module, loss_fn: LossFn, few: Batch, expansions: list[int | None]
 ) -> Meetings:
     def spoil(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or not tensor.dim() or len(tensor) != PROBE_SAMPLES:
+        whole = batches.is_shared(tensor) or not tensor.dim() or len(tensor) != PROBE_SAMPLES
+        if whole or not tensor.is_floating_point():
             return tensor
         spoiled = tensor.detach().clone()
         spoiled[MARKED] = float("nan")

@@ -411,11 +411,7 @@ def _classes(source: Samples, name: str) -> set[int]:
 
 
 def _labels(batch: Batch, name: str) -> list[int]:
-    labels: Any = None
-    if isinstance(batch, Mapping):
-        labels = batch.get("labels")
-    elif isinstance(batch, list | tuple) and len(batch) == 2:
-        labels = batch[1]
+    labels = batches.labels_of(batch)
     if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point():
         raise TypeError(
             f'gamma="auto" reads class labels, which the batches of {name} do not have; yield '

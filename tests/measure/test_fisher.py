@@ -213,11 +213,10 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stored.save(path)
     before = path.read_bytes()
 
-    def broken(tensors: object, name: str, metadata: object) -> None:
-        Path(name).write_bytes(b"half")
+    def broken(tensor: Tensor) -> bytes:
         raise OSError("disk full")
 
-    monkeypatch.setattr("deepclean_hooks.measure.measurement.save_file", broken)
+    monkeypatch.setattr("deepclean_hooks.stored.tensor_file.bits.as_bytes", broken)
     with pytest.raises(OSError, match="disk full"):
         stored.save(path)
     assert path.read_bytes() == before
