@@ -6,7 +6,7 @@ N: the number of samples. A tensor of a batch holds samples if its first dimensi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -120,23 +120,50 @@ def _samples_in(batch: Batch) -> Iterator[SampleList[Any]]:
 def rows(batch: Batch, index: Tensor) -> Batch:
     """The samples at `index` (a 1-D tensor of positions, repeats allowed) as a batch of the same
     form."""
-    return _rows(batch, index, size(batch), outermost=True)
+
+    def pick(tensor: Tensor) -> Tensor:
+        return tensor.index_select(0, index.to(tensor.device))
+
+    return _map_samples(batch, size(batch), pick, lambda held: [held[i] for i in index.tolist()])
 
 
-def _rows(batch: Batch, index: Tensor, count: int, *, outermost: bool = False) -> Batch:
+def change_sample(batch: Batch, at: int, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor of the sample at position `at` replaced; the others' are
+    copies."""
+
+    def row(tensor: Tensor) -> Tensor:
+        copy = tensor.detach().clone()
+        copy[at] = change(copy[at])
+        return copy
+
+    def entry(held: Sequence[Any]) -> list[Any]:
+        return [map_tensors(each, change) if i == at else each for i, each in enumerate(held)]
+
+    return _map_samples(batch, size(batch), row, entry)
+
+
+def _map_samples(
+    batch: Batch,
+    count: int,
+    on_rows: Callable[[Tensor], Tensor],
+    on_list: Callable[[Sequence[Any]], list[Any]],
+    outermost: bool = True,
+) -> Batch:
+    """The batch with what belongs to single samples replaced: tensors of `count` rows, and lists of
+    `count` samples."""
     if isinstance(batch, Tensor):
-        if batch.dim() and batch.shape[0] == count and not is_shared(batch):
-            return batch.index_select(0, index.to(batch.device))
-        return batch
+        of_rows = batch.dim() and batch.shape[0] == count and not is_shared(batch)
+        return on_rows(batch) if of_rows else batch
+    deeper = (count, on_rows, on_list, False)
     if isinstance(batch, Mapping):
-        return {key: _rows(value, index, count) for key, value in batch.items()}
+        return {key: _map_samples(value, *deeper) for key, value in batch.items()}
     if not isinstance(batch, list | tuple):
         return batch
     if len(batch) == count and (
         isinstance(batch, SampleList) or (not outermost and _of_samples(batch, count))
     ):
-        return type(batch)(batch[i] for i in index.tolist())
-    parts = [_rows(value, index, count) for value in batch]
+        return type(batch)(on_list(batch))
+    parts = [_map_samples(value, *deeper) for value in batch]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
@@ -180,28 +207,19 @@ def sample_ids(batch: Batch) -> list[int]:
     (BLAKE2b)."""
     count = size(batch)
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(count)]
-    _hash_rows(batch, hashes, outermost=True)
-    return [int.from_bytes(one.digest(), "little", signed=True) for one in hashes]
 
+    def of_rows(tensor: Tensor) -> Tensor:
+        data = as_bytes(tensor) if tensor.numel() else b""
+        step = len(data) // count
+        for i, sample in enumerate(hashes):
+            sample.update(data[i * step : (i + 1) * step])
+        return tensor
 
-def _hash_rows(batch: Batch, hashes: list[Any], *, outermost: bool = False) -> None:
-    count = len(hashes)
-    if isinstance(batch, Tensor):
-        if batch.dim() and batch.shape[0] == count and batch.numel() and not is_shared(batch):
-            data = as_bytes(batch)
-            step = len(data) // count
-            for i, sample in enumerate(hashes):
-                sample.update(data[i * step : (i + 1) * step])
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            _hash_rows(value, hashes)
-    elif isinstance(batch, list | tuple):
-        single = isinstance(batch, SampleList) or (not outermost and _of_samples(batch, count))
-        if single and len(batch) == count:
-            for value, sample in zip(batch, hashes, strict=True):
-                for tensor in tensors(value):
-                    if tensor.numel():
-                        sample.update(as_bytes(tensor))
-        else:
-            for value in batch:
-                _hash_rows(value, hashes)
+    def of_list(held: Sequence[Any]) -> list[Any]:
+        for value, sample in zip(held, hashes, strict=True):
+            for tensor in tensors(value):
+                sample.update(as_bytes(tensor) if tensor.numel() else b"")
+        return list(held)
+
+    _map_samples(batch, count, of_rows, of_list)
+    return [int.from_bytes(sample.digest(), "little", signed=True) for sample in hashes]

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 
 from deepclean_hooks.data import batches
 from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.layout import Layout, marked
 from deepclean_hooks.stored.bits import as_bytes
 
 PLAIN = "each sample, which is collated as it is"
@@ -48,8 +49,8 @@ class Identifying:
     The ids are those of the batch's rows where the batch does not hold the samples one by one.
     """
 
-    def __init__(self, collate: Callable[[Any], Batch] | None) -> None:
-        self.collate = collate or default_collate
+    def __init__(self, collate: Callable[[Any], Batch] | None, form: Layout | None = None) -> None:
+        self.collate, self.form = collate or default_collate, form
 
     def __call__(self, samples: Any) -> tuple[list[int], Batch]:
         """Fingerprints first: a collate function may change the samples."""
@@ -57,7 +58,7 @@ class Identifying:
         if isinstance(samples, Sequence):
             # None stands for a sample that could not be read, which collate functions drop.
             ids = [of_sample(sample) for sample in samples if sample is not None]
-        batch = self.collate(samples)
+        batch = marked(self.collate(samples), self.form)
         with contextlib.suppress(TypeError):
             if ids is None or batches.size(batch) != len(ids):
                 return batches.sample_ids(batch), batch

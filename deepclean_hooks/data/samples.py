@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +52,7 @@ class Samples:
 
     def identified(self) -> Iterator[tuple[list[int], Batch]]:
         """The same batches, each with the fingerprints of its samples."""
-        yield from self._walked(Identifying(self.collate_fn))
+        yield from self._walked(Identifying(self.collate_fn, self.layout))
 
     def _walked(self, collate: Any) -> Iterator[tuple[list[int], Batch]]:
         if self.stream is not None:
@@ -72,7 +73,7 @@ class Samples:
             **self.options,
         ):
             ids, batch = read if isinstance(collate, Identifying) else ([], read)
-            batch = layout.marked(batch, self.layout)
+            batch = layout.marked(batch, self.layout)  # again: workers send tensors without it
             yield ids, batch if self.finish is None else self.finish(batch)
 
     @cached_property
@@ -228,7 +229,16 @@ def _of_stream(
             collate_fn=batched or collate,
             generator=torch.Generator(),
         )
-        for each in plain:
+        try:
+            walk = iter(plain)
+            first = next(walk, None)
+        except Exception:
+            if read is None or not read.loader.num_workers:
+                raise
+            # A stream that divides itself by torch.utils.data.get_worker_info() and nothing else.
+            yield from ((batches.sample_ids(batch), batch) for batch in read.loader)
+            return
+        for each in walk if first is None else itertools.chain([first], walk):
             ids, batch = (batches.sample_ids(each), each) if batched is None else each
             yield ids, batch if finish is None else finish(batch)
 

@@ -14,6 +14,7 @@ import torch
 
 from deepclean_hooks.data import batches
 from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.model import random_state
 
 MOST = 1_000_000  # samples of a stream that does not say how many it has
 _REPEATS = 1000  # and ten times the distinct samples: then a stream goes round in circles
@@ -33,6 +34,7 @@ class Stream:
     kind: str
     length: int | None = None
     passes: list[tuple[int, int]] = field(default_factory=list)
+    _changes: bool | None = None
 
     def walk(self) -> Iterator[tuple[list[int], Batch]]:
         """The batches without samples that came before in this walk.
@@ -61,14 +63,17 @@ class Stream:
             )
 
     def changes(self) -> bool:
-        """Whether two walks gave samples of different content; walks again if there was only one.
+        """Whether the samples have other content in another walk; walks once more to see.
 
-        Raises ValueError if they gave different numbers of samples.
+        Raises ValueError if the number of samples is another one.
         """
-        if len(self.passes) == 1:
-            for _ in self.walk():
-                pass
-        return len({content for _, content in self.passes}) > 1
+        if self._changes is None:
+            with random_state.kept():
+                random_state.draw_others()  # a walk under the state of the last draws the same
+                for _ in self.walk():
+                    pass
+            self._changes = len({content for _, content in self.passes}) > 1
+        return self._changes
 
     def _require_end(self, distinct: int, repeats: int) -> None:
         most = MOST if self.length is None else self.length

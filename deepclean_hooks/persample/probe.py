@@ -78,17 +78,12 @@ def _with_nan(
     model: nn.Module, loss_fn: LossFn, few: Batch, expansions: list[int | None]
 ) -> Meetings:
     def spoil(tensor: Tensor) -> Tensor:
-        whole = batches.is_shared(tensor) or not tensor.dim() or len(tensor) != PROBE_SAMPLES
-        if whole or not tensor.is_floating_point():
-            return tensor
-        spoiled = tensor.detach().clone()
-        spoiled[MARKED] = float("nan")
-        return spoiled
+        return torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor
 
     probing = NaNPass(PROBE_SAMPLES, expansions)
     try:
         with Interception(probing):
-            loss = loss_fn(model, marked(batches.map_tensors(few, spoil)))
+            loss = loss_fn(model, marked(batches.change_sample(few, MARKED, spoil)))
     except Exception as reason:  # the model ran on the same samples without NaN
         raise ProbeFailed(f"the model does not run with NaN: {reason}") from reason
     if bool(loss[0].isnan() or loss[PROBE_SAMPLES - 1].isnan()):
