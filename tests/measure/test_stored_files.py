@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.data import batches
-from deepclean_hooks.data.losses import cross_entropy
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs
+from deepclean_hooks.measure.request import Request
 
 
 def model() -> nn.Module:
@@ -35,14 +35,7 @@ def diagonal(*part: int) -> deepclean.FisherDiagonal:
 
 
 def grams() -> InputGrams:
-    return LayerInputs()(
-        model(),
-        samples_of(data()),
-        loss_fn=cross_entropy,
-        parameters=lambda name, p: True,
-        name="data",
-        progress=False,
-    )
+    return LayerInputs()(Request(model(), samples_of(data()), progress=False))
 
 
 @pytest.mark.parametrize("made", [diagonal, grams])
