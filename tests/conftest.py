@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,19 @@ from lab.guarding import hooks_of_torch
 
 # The suite runs on two cores, and sums must not depend on how work is divided.
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Two for the whole fast suite, where the start of a worker, some seconds, is little; none for
+    named files, chosen tests and slow ones, which start processes themselves.
+
+    `-n 0` and PYTEST_XDIST_AUTO_NUM_WORKERS say otherwise; with `--pdb` there is none.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    chosen = config.option.keyword or config.option.markexpr != "not slow"
+    return min(2, os.cpu_count() or 1) if whole and not chosen else 0
 
 
 @pytest.fixture
