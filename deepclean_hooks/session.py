@@ -4,10 +4,9 @@ each once."""
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +15,45 @@ from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data import losses
-from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import (
-    Data,
-    Samples,
-    changes_from_pass_to_pass,
-    refuse_shared_indices,
-    require_same_on_ranks,
-    samples_of,
-)
+from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import Guard, NormStatistics, require_holdable
 from deepclean_hooks.guard.norm_statistics import require_choice
 from deepclean_hooks.measure import dead
-from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.measure.request import measured, require_of_use
-from deepclean_hooks.methods.adding import Adding
+from deepclean_hooks.measure.request import Measured, measured, require_of_use
+from deepclean_hooks.measure.usable import require_usable
 from deepclean_hooks.methods.method import Mask, Method, Selection
-from deepclean_hooks.methods.term import Original, Term
-from deepclean_hooks.metrics.evaluate import Gold, evaluate
+from deepclean_hooks.metrics.evaluation import Evaluation
+from deepclean_hooks.metrics.scoring import require_comparable, scored
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.options import Options, require_known
 from deepclean_hooks.ranks import fsdp, shards
 from deepclean_hooks.report import forgotten as identifiers
-from deepclean_hooks.report.report import Layer, Report
+from deepclean_hooks.report.layers import layers_of
+from deepclean_hooks.report.report import Report
+from deepclean_hooks.run import entry, findings, terms
+from deepclean_hooks.run.account import Account
+from deepclean_hooks.run.phases import (
+    Closed,
+    Failed,
+    Finished,
+    Guarded,
+    New,
+    Phase,
+    WasMeasured,
+    WasReset,
+    WasSelected,
+)
+from deepclean_hooks.run.restored import restored
+from deepclean_hooks.run.resuming import method_of, packed, unpacked
+from deepclean_hooks.run.writing import put_back_on_error
 from deepclean_hooks.stored import bits, checkpoint, masks
+from deepclean_hooks.stored.originals import Originals
 from deepclean_hooks.tuning import gamma_auto
 from deepclean_hooks.tuning.gamma_sweep import grid
+
+P = TypeVar("P", bound=Phase)
 
 
 class Session:
@@ -60,11 +70,13 @@ class Session:
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
         norm_statistics: NormStatistics = options.get("norm_statistics") or "update"
         require_choice(norm_statistics)
-        fsdp.reshard(unwrap(model))
-        require_trainable(unwrap(model))
-        require_holdable(unwrap(model))
+        inner = unwrap(model)
+        fsdp.reshard(inner)
+        require_trainable(inner)
+        bits.require_comparable(dict(inner.named_parameters()))
+        require_holdable(inner)
         self.model, self.method = model, method
-        self.loss_fn: LossFn = options.get("loss_fn") or losses.cross_entropy
+        self.loss_fn: losses.LossFn = options.get("loss_fn") or losses.cross_entropy
         self.norm_statistics = norm_statistics
         self.gold, self.progress = options.get("gold"), options.get("progress", True)
         self.scores, self.dead_count = options.get("scores", True), options.get("dead_count", True)
@@ -73,30 +85,20 @@ class Session:
             "collate_fn": options.get("collate_fn"),
         }
         self._sets: dict[str, Samples] = {}
-        scored = {"test": options.get("test"), "forget_test": options.get("forget_test")}
-        for name, data in scored.items():
+        tests = {"test": options.get("test"), "forget_test": options.get("forget_test")}
+        for name, data in tests.items():
             if data is not None:
                 self._sets[name] = samples_of(data, name=name, **self._reading)
-        self._phase = "new"
-        self._forget: Measurement | None = None
-        self._retain: Measurement | None = None
-        self._selection: Selection | None = None
-        self._free: Mask = {}
-        self._guard: Guard | None = None
-        self._trials: gamma_auto.Trials | None = None
-        self._term: Term | None = None
-        self._adding: Adding | None = None
-        self._added_before = 0  # steps of the run that this one goes on from, as `_steps_before`
-        self._resumed = False
-        self._steps_before = 0  # of the run that this one goes on from
-        self._facts: dict[str, Any] = {
-            "trainable_entries": sum(p.numel() for p in self._trainable().values()),
-            "norm_statistics": norm_statistics,
-        }
-        self._layers: dict[str, dict[str, Any]] = {}
-        self._seconds: dict[str, float] = {}
-        self._scores: dict[str, Any] = {}
-        self._warnings: list[str] = []
+        self._at: Phase = New()
+        self._account = Account(
+            Report(
+                method.name,
+                method.settings(),
+                self._at.name,
+                trainable_entries=sum(p.numel() for p in self._trainable().values()),
+                norm_statistics=norm_statistics,
+            )
+        )
 
     # ------------------------------------------------------------------ the phases
 
@@ -107,23 +109,22 @@ class Session:
         or of the whole training set, from which the forget samples are then subtracted, so that
         only D_f is walked. One of other weights is taken only if `of_earlier_weights` says so.
         """
-        self._expect("new", "measure")
-        self._require_shardable()
-        method = f"{self.method.name} {self.method.settings()}"
-        ranks.require_agreement("the method", method)
+        self._expect(New, "measure")
+        self._require_same_settings("measure()")
+        ranks.refuse_lossy_reduction(self.model)
+        entry.require_shardable(self.model, self.method)
         before = checkpoint.digests_of(self.model)
-        self._facts.update(model_before=bits.combined(before), checkpoint_before=before)
-        self._facts["tied"] = checkpoint.tied(self.model)
+        digest = ranks.gather(bits.combined(before))[0]  # rank 0's buffers serve all
         if isinstance(retain, Measurement):
-            require_of_use(self.method, retain, self.model, bits.combined(before))
+            require_of_use(self.method, retain, self.model, digest)
         else:
             self._name_sets(retain=retain)
         self._name_sets(forget=forget)
-        self._require_same_sets()
-        self._prepare_trials()
+        entry.require_same_samples(self._sets)
+        trials = self._trials()
         if self.scores:
-            self._evaluate("before", gold=None)
-        with self._timed("fisher"):
+            self._score_before()
+        with self._account.timed("fisher"):
             found = measured(
                 self.method,
                 self.model,
@@ -131,84 +132,84 @@ class Session:
                 retain if isinstance(retain, Measurement) else self._sets["retain"],
                 loss_fn=self.loss_fn,
                 progress=self.progress,
+                model_digest=digest,
             )
-        self._forget, self._retain = found.forget, found.retain
-        forgotten, shared = len(found.forget.samples), found.shared
-        if shared:
-            self._warn(
-                f"{shared} of the {forgotten} forget samples stand in the retain set with "
-                "the same content (duplicates in the data): what they taught will not be forgotten"
-            )
-        self._facts.update(
-            forgotten=identifiers.salted(self._forget.samples.tolist()),
-            forget_samples=forgotten,
+        self._account.report = replace(
+            self.report,
+            model_before=bits.combined(before),
+            checkpoint_before=before,
+            tied=checkpoint.tied(self.model),
+            forgotten=identifiers.salted(found.forget.samples.tolist()),
+            forget_samples=len(found.forget.samples),
             retain_samples=found.retain_samples,
-            overlapping_samples=shared,
-            measurement={"forget": self._forget.settings, "retain": self._retain.settings},
+            overlapping_samples=found.shared,
+            measurement={"forget": found.forget.settings, "retain": found.retain.settings},
         )
-        self._phase = "measured"
+        self._account.warn(findings.of_duplicates(found))
+        self._account.note(findings.of_changing_samples(found))  # warned of while measuring
+        self._enter(WasMeasured(found, trials))
         return self
 
     def select(self) -> Report:
         """Picks W_f; the report is now a preview, and the model is still untouched."""
-        self._expect("measured", "select")
-        assert self._forget is not None
-        assert self._retain is not None
-        self._choose_gamma()
-        with self._timed("select"):
-            self._selection = self.method.select(self._forget, self._retain)
-            self._free = self.method.free(self._selection)
-        ranks.require_agreement("the selection", bits.digest(masks.pack(self._selection.masks)))
-        chosen = {name: shards.total(mask) for name, mask in self._selection.masks.items()}
-        for name, p in self._trainable().items():
-            self._layers[name] = {
-                "entries": p.numel(),
-                "selected": chosen.get(name, 0),
-                "held_back": self._selection.held_back_by_layer.get(name, 0),
-                "may_change": self._may_change(name, chosen.get(name, 0)),
-            }
-        total = sum(chosen.values())
-        self._facts.update(
-            criterion=self._selection.criterion,
+        at = self._expect(WasMeasured, "select")
+        if at.trials is not None:
+            self._choose(at.trials, at.measured)
+        with self._account.timed("select"):
+            selection = self.method.select(at.measured.forget, at.measured.retain)
+            free = self.method.free(selection)
+        ranks.require_agreement("the selection", bits.digest(masks.pack(selection.masks)))
+        layers = layers_of(self._trainable(), selection.masks, free, selection.held_back_by_layer)
+        total = sum(layer.selected for layer in layers)
+        self._account.report = replace(
+            self.report,
+            layers=layers,
+            criterion=selection.criterion,
             effect=self.method.effect,
-            may_change_entries=sum(layer["may_change"] for layer in self._layers.values()),
-            candidate_entries=self._selection.candidates,
+            may_change_entries=sum(layer.may_change for layer in layers),
+            candidate_entries=selection.candidates,
             selected_entries=total,
-            selected_fraction=total / self._facts["trainable_entries"],
-            held_back_entries=self._selection.held_back,
+            selected_fraction=total / sum(p.numel() for p in self._trainable().values()),
+            held_back_entries=selection.held_back,
         )
-        if self.method.knob and total in (0, self._selection.candidates):
-            self._warn(
+        if self.method.knob and total in (0, selection.candidates):
+            self._account.warn(
                 f"{'no' if not total else 'every'} candidate entry was selected; "
                 f"{'lower' if not total else 'raise'} {self.method.knob}"
             )
-        self._phase = "selected"
+        self._enter(WasSelected(at.measured, selection, free))
         return self.report
 
     def reset(self) -> Session:
-        """Writes the selected entries' new values; no other bit of the model changes."""
-        self._expect("selected", "reset")
-        assert self._selection is not None
-        assert self._forget is not None
-        assert self._retain is not None
-        self._term = self._prepared_term()
-        weights = self._parameters()
-        with self._timed("reset"), torch.no_grad():
-            values = self.method.values(
-                unwrap(self.model), self._selection, self._forget, self._retain
+        """Writes the selected entries' new values; no other bit of the model changes.
+
+        The new values are tried on a batch. After any error the old ones are back, and `reset` can
+        be called again. Raises RuntimeError if the model changed since it was measured, ValueError
+        if it computes NaN with its new values.
+        """
+        at = self._expect(WasSelected, "reset")
+        entry.require_unchanged(self.model, self.report.checkpoint_before)
+        model, forget = unwrap(self.model), self._sets["forget"]
+        with self._account.timed("reset"):
+            term = terms.prepared(
+                self.method, self.model, forget, at.measured, at.selection, self.progress
             )
-            for name, mask in self._selection.masks.items():
-                # where copies bits, so the entries that stay keep theirs, NaN and -0.0 too
-                here, new = shards.local(weights[name]), shards.local(values[name])
-                here.copy_(torch.where(shards.local(mask), new, here))
-            if self.method.resets_buffers:
-                for name, buffer in unwrap(self.model).named_buffers():
-                    buffer.copy_(values.get(name, buffer))
-            no_trace.drop_caches(unwrap(self.model))
-            self._facts["frozen_digest"] = masks.frozen_digest(weights, self._free)
-        self._count_dead()
-        self._forget = self._retain = None  # 2 x 8 bytes an entry that nothing needs any more
-        self._phase = "reset"
+        with self._account.timed("reset"), torch.no_grad():
+            values = self.method.values(model, at.selection, at.measured.forget, at.measured.retain)
+        with put_back_on_error(model, self.method, at.selection) as old:
+            with self._account.timed("reset"):
+                self.method.write(model, at.selection, values)
+                no_trace.drop_caches(model)
+                now = self._parameters()
+                frozen = masks.frozen_digest(now, at.free, self.report.checkpoint_before)
+                originals = Originals(old, now)
+                changed = shards.counted(originals.counts(), now)
+            if self.report.selected_entries:
+                data = self._sets.get("retain", forget)
+                require_usable(self.model, data, self.loss_fn)
+            dead_ones = self._count_dead(at.selection.masks)
+        self._enter(WasReset(at.free, frozen, changed, at.selection, originals, term))
+        self._account.warn(dead_ones)
         return self
 
     def guard(self, *optimizers: Optimizer) -> Session:
@@ -218,25 +219,28 @@ class Session:
         this model is cleared, because momentum from before moves weights towards what was
         forgotten. After a resume nothing is.
         """
-        self._expect("reset", "guard")
+        at = self._expect(WasReset, "guard")
         ranks.refuse_lossy_reduction(self.model)
         if not self.trains:
             # A loop that is entered all the same then leaves every bit as it is.
-            self.norm_statistics = self._facts["norm_statistics"] = "freeze"
+            self.norm_statistics = "freeze"
+            self._account.report = replace(self.report, norm_statistics="freeze")
         if self.norm_statistics == "freeze":
             # DistributedDataParallel would do so at the next forward, which then looked like drift.
             ranks.share_buffers(unwrap(self.model))
-        self._adding = self._added_to_steps()
-        self._guard = Guard(
+        adding = None
+        if self.trains:
+            forget = self._sets.get("forget")
+            adding = terms.adding(at, self.method, self.model, forget, self.loss_fn)
+        guard = Guard(
             unwrap(self.model),
-            self._free,
+            at.free,
             norm_statistics=self.norm_statistics,
-            clear_optimizer_state=not self._resumed,
+            clear_optimizer_state=not at.resumed,
             optimizers=optimizers,
-            before_step=self._adding,
+            before_step=adding,
         )
-        self._started = time.perf_counter()
-        self._phase = "guarded"
+        self._enter(Guarded(at, guard, adding, time.perf_counter()))
         return self
 
     def compact(self) -> dict[str, nn.Parameter]:
@@ -245,147 +249,144 @@ class Session:
 
         What it remembers then has the size of W_f. `Guard.compact` says what it serves.
         """
-        self._expect("guarded", "compact")
-        assert self._guard is not None
-        return self._guard.compact()
+        return self._expect(Guarded, "compact").guard.compact()
 
     def hold(self) -> Session:
         """Puts every frozen entry back to its bits now; call it after an average of the weights
         (EMA, SWA) was written into the model, for averaging rounds entries that are equal."""
-        self._expect("guarded", "hold")
-        assert self._guard is not None
-        self._guard.hold()
+        self._expect(Guarded, "hold").guard.hold()
         return self
 
     def finish(self) -> Report:
-        """Counts what moved, lets go of the model and scores it; the report is complete.
+        """Counts what moved and what came back, lets go of the model and scores it; the report is
+        complete.
 
-        Raises GuardError if a frozen entry moved or the optimizer could not be watched; the hooks
-        are off by then.
+        Raises GuardError if a frozen entry moved, if nearly all of W_f holds its old values again,
+        or if the optimizer could not be watched; the hooks are off by then. Scores that cannot be
+        computed are reported as such.
         """
-        self._expect("guarded", "finish")
-        assert self._guard is not None
-        guard, progress = self._guard, self.so_far()
-        self._seconds = progress["seconds"]
+        at = self._expect(Guarded, "finish")
+        now, seconds = at.so_far(), self._seconds()
         try:
-            moved = self._moved(guard)
-            self._facts.update(frozen_entries_moved=moved, optimizer_steps=progress["steps"])
+            parameters = self._parameters()
+            after = checkpoint.digests_of(self.model)
+            back = restored(at.reset, parameters, self.report.checkpoint_before, after)
+            self._account.report = replace(
+                self.report,
+                seconds=seconds,
+                optimizer_steps=now.steps,
+                frozen_entries_moved=sum(shards.counted(at.guard.moved(), parameters).values()),
+                restored_entries=back.entries,
+                model_after=bits.combined(after),
+                checkpoint_after=after,
+            )
             with ranks.fail_together():  # a rank on which something moved would raise alone
-                guard.check()
-            reset = {name: layer["selected"] for name, layer in self._layers.items()}
-            remarks = guard.remarks(reset, steps=progress["steps"]) if self.trains else []
-        finally:
-            self.close()
-        after = checkpoint.digests_of(self.model)
-        self._facts.update(model_after=bits.combined(after), checkpoint_after=after)
-        self._phase = "finished"
-        for remark in remarks:
-            self._warn(remark)
+                at.guard.check()
+                back.require_few()
+            chosen = {layer.name: layer.selected for layer in self.report.layers}
+            remarks = at.guard.remarks(chosen, steps=now.steps) if self.trains else []
+        except BaseException:
+            at.guard.release()
+            self._at = Failed()
+            raise
+        at.guard.release()
+        self._enter(Finished(now))
+        for remark in (*remarks, back.warning):
+            self._account.warn(remark)
+        self._account.warn(findings.of_ranks(now.steps, parameters, after))
         if self.scores and self._sets:
-            self._evaluate("after", self.gold)
+            self._score("after", gold=self.gold, whatever=True)
         return self.report
-
-    @property
-    def selection(self) -> Selection:
-        """What the method picked; raises RuntimeError before `select`, and in a resumed run."""
-        if self._selection is None:
-            raise RuntimeError("there is no selection before select(), and none in a resumed run")
-        return self._selection
-
-    @property
-    def trains(self) -> bool:
-        """Whether any entry may train after the reset."""
-        return any([shards.any_true(mask) for mask in self._free.values()])
 
     def close(self) -> None:
         """Takes every hook off the model and the optimizers; safe at any time, and twice."""
-        if self._guard is not None:
-            self._guard.release()
-            self._guard = self._adding = None
+        if isinstance(self._at, Guarded):
+            now, seconds = self._at.so_far(), self._seconds()
+            self._at.guard.release()
+            self._account.report = replace(self.report, seconds=seconds)
+            self._at = Closed(now)
 
-    # ------------------------------------------------------------------ report and resuming
+    # ------------------------------------------------------------------ what can be read
 
     @property
     def report(self) -> Report:
         """The account so far; fields of phases that have not happened are None."""
-        facts = {k: v for k, v in self._facts.items() if k != "frozen_digest"}
-        return Report(
-            method=self.method.name,
-            settings=self.method.settings(),
-            phase=self._phase,
-            layers=tuple(Layer(name, **values) for name, values in self._layers.items()),
-            seconds=dict(self._seconds),
-            scores=dict(self._scores),
-            warnings=tuple(self._warnings),
-            **facts,
-        )
+        return self._account.report
+
+    @property
+    def measured(self) -> Measured:
+        """The measurements; raises RuntimeError before `measure` and once they have served."""
+        if isinstance(self._at, WasMeasured | WasSelected):
+            return self._at.measured
+        raise RuntimeError("there are measurements between measure() and reset() only")
+
+    @property
+    def selection(self) -> Selection:
+        """What the method picked; raises RuntimeError before `select`, and in a resumed run."""
+        at = self._at if isinstance(self._at, WasSelected) else self._reset()
+        if at is None or at.selection is None:
+            raise RuntimeError("there is no selection before select(), and none in a resumed run")
+        return at.selection
+
+    @property
+    def free(self) -> Mask:
+        """The entries that may train after the reset; empty before `select`."""
+        at = self._at if isinstance(self._at, WasSelected) else self._reset()
+        return {} if at is None else at.free
+
+    @property
+    def trains(self) -> bool:
+        """Whether any entry may train after the reset."""
+        return any([shards.any_true(mask) for mask in self.free.values()])
+
+    # ------------------------------------------------------------------ resuming
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on after the reset, beside the model's and the optimizer's own
-        state.
+        state, both of which must be stored at the same moment.
 
         Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back. The
         masks are whole, at one bit an entry, also of a sharded model, where all ranks call this.
         """
-        if self._phase not in ("reset", "guarded"):
+        at = self._reset()
+        if at is None:
             raise RuntimeError(
-                f"a session can be stored between reset and finish, this one is {self._phase!r}; "
+                f"a session can be stored from the reset on, this one is {self._at.name!r}; "
                 "before the reset nothing has happened that could not be done again"
             )
-        return {
-            "method": {"name": self.method.name, "settings": repr(self.method.settings())},
-            "free": masks.pack(self._free),
-            "facts": dict(self._facts),
-            "layers": {name: dict(values) for name, values in self._layers.items()},
-            "scores": dict(self._scores),
-            "warnings": list(self._warnings),
-            "term": {} if self._term is None else self._term.state_dict(),
-            **self.so_far(),
-        }
+        return {**packed(at, self.method, self.report), **self.so_far()}
 
     def so_far(self) -> dict[str, Any]:
-        """`steps` (of optimizers), `added` (those to which the method's term was added) and
-        `seconds` (by phase) so far, those before a resume included: what of `state_dict()` changes
-        while your loop runs."""
-        steps, seconds = self._steps_before, dict(self._seconds)
-        if self._guard is not None:
-            steps += self._guard.steps
-            spent = time.perf_counter() - self._started
-            seconds["fine-tune"] = seconds.get("fine-tune", 0.0) + spent
-        added = self._added_before if self._adding is None else self._adding.done
-        return {"steps": steps, "added": added, "seconds": seconds}
+        """What of `state_dict()` changes while your loop runs: `steps` (of optimizers), `added`
+        (those to which the method's term was added) and `seconds` (by phase), those before a resume
+        included, and `model`, the digest of the model as it is now."""
+        at = self._reset()
+        return {
+            "steps": 0 if at is None else at.steps,
+            "added": 0 if at is None else at.added,
+            "seconds": self._seconds(),
+            "model": checkpoint.model_digest(self.model),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Session:
         """Takes up a stored run: nothing is measured or reset again; `guard` is next.
 
-        Load the model's weights first: raises ValueError if a frozen entry differs from the stored
-        run's, which happens when a checkpoint was read only in part, or if the method is another
-        one. What becomes of running statistics is the stored run's choice.
+        Load the model's weights first: raises ValueError if a bit of them differs from the model
+        that was stored with the run, which happens when a checkpoint was not read or only in part,
+        or if the method is another one. What becomes of running statistics is the stored run's
+        choice.
         """
-        self._expect("new", "load_state_dict")
-        self.method = gamma_auto.as_chosen(self.method, state["facts"].get("gamma_choice"))
-        own = {"name": self.method.name, "settings": repr(self.method.settings())}
-        if state["method"] != own:
-            raise ValueError(f"the stored run used {state['method']}, this session has {own}")
-        free = masks.unpack(state["free"], self._parameters())
-        found = masks.frozen_digest(self._parameters(), free)
-        if found != state["facts"]["frozen_digest"]:
-            raise ValueError(
-                "the model's frozen weights are not those of the stored run; load the "
-                "checkpoint's weights with strict=True before load_state_dict, and check that "
-                "every name was found"
-            )
-        self._free, self._facts = free, dict(state["facts"])
-        self._layers = {name: dict(values) for name, values in state["layers"].items()}
-        self._seconds, self._scores = dict(state["seconds"]), dict(state["scores"])
-        self._warnings = list(state["warnings"])
-        self.norm_statistics = self._facts["norm_statistics"]
-        self._steps_before, self._added_before = state.get("steps", 0), state.get("added", 0)
-        self._term = self.method.term()
-        if self._term is not None:
-            self._term.load_state_dict(state.get("term", {}))
-        self._resumed = True
-        self._phase = "reset"
+        self._expect(New, "load_state_dict")
+        self._require_same_settings("load_state_dict()")
+        with ranks.fail_together():
+            method = method_of(state, self.method)
+        now = checkpoint.digests_of(self.model)
+        at = unpacked(state, method, self._parameters(), now)
+        self.method, self.norm_statistics = method, state["report"]["norm_statistics"]
+        report = Report.of_plain({**state["report"], "seconds": state["seconds"]})
+        self._account.report = report
+        no_trace.drop_caches(unwrap(self.model))
+        self._enter(at)
         return self
 
     def watch(self, **sets: Data) -> Session:
@@ -395,75 +396,38 @@ class Session:
 
     # ------------------------------------------------------------------ inside
 
-    def _may_change(self, name: str, selected: int) -> int:
-        """How many entries of a parameter are selected, which many are, or free to train."""
-        free = self._free.get(name)
-        mask = self.selection.masks.get(name)
-        if free is None or free is mask:
-            return selected
-        return shards.total(free if mask is None else free | mask)
-
-    def _prepare_trials(self) -> None:
-        if gamma_auto.is_open(self.method):
-            gamma_auto.require_whole(self.model)
-            with self._timed("choose gamma"):
-                self._trials = gamma_auto.trials(self.method, self._sets, **self._reading)
-
-    def _choose_gamma(self) -> None:
-        if self._trials is None:
-            return
-        assert gamma_auto.is_open(self.method)
-        assert self._forget is not None
-        assert self._retain is not None
-        with self._timed("choose gamma"):
-            choice = self._trials.choose(
-                self.model,
-                grid(self.method),
-                self._forget,
-                self._retain,
-                loss_fn=self.loss_fn,
-                norm_statistics=self.norm_statistics,
+    def _expect(self, phase: type[P], call: str) -> P:
+        if not isinstance(self._at, phase):
+            raise RuntimeError(
+                f"{call}() needs a session that is {phase.name!r}, this one is {self._at.name!r}; "
+                "the order is measure -> select -> reset -> guard -> your loop -> finish, each once"
             )
-        self._trials, self.method = None, choice.method
-        self._facts["gamma_choice"] = choice.to_dict()
-        if not choice.met:
-            self._warn(choice.reason)
+        return self._at
 
-    @property
-    def _sharded(self) -> bool:
-        return fsdp.is_sharded(unwrap(self.model))
+    def _enter(self, phase: Phase) -> None:
+        self._at = phase
+        self._account.report = replace(self.report, phase=phase.name)
 
-    def _require_shardable(self) -> None:
-        if not self._sharded:
-            return
-        estimators = (self.method.measured_by, self.method.retain_measured_by)
-        if not self.method.sharded or not all(isinstance(e, PerSampleFisher) for e in estimators):
-            fsdp.refuse_sharded(unwrap(self.model), f"the method {self.method.name}")
-        if gamma_auto.is_open(self.method):
-            fsdp.refuse_sharded(unwrap(self.model), 'gamma="auto"')
-        fsdp.require_measurable(unwrap(self.model), ranks.world()[1])
+    def _reset(self) -> WasReset | None:
+        """What it takes to go on, once there is something to go on with."""
+        if isinstance(self._at, Guarded):
+            return self._at.so_far()
+        if isinstance(self._at, Closed | Finished):
+            return self._at.reset
+        return self._at if isinstance(self._at, WasReset) else None
 
-    def _moved(self, guard: Guard) -> int:
-        """Frozen entries that moved, of all shards together."""
-        counts = guard.moved()
-        if not self._sharded:
-            return sum(counts.values())
-        parameters, everyone = self._parameters(), ranks.gather(counts)
-        # What is not sharded is the same on every rank.
-        moved = [
-            (sum if name in parameters and shards.is_shard(parameters[name]) else max)(
-                one.get(name, 0) for one in everyone
-            )
-            for name in sorted({name for one in everyone for name in one})
-        ]
-        return sum(moved)
-
-    def _require_same_sets(self) -> None:
-        if ranks.world()[1] > 1:
-            for name, source in self._sets.items():
-                with ranks.fail_together():
-                    changing = changes_from_pass_to_pass(source)
-                require_same_on_ranks(source, name, changing)
+    def _require_same_settings(self, call: str) -> None:
+        ranks.require_same(
+            {
+                "the way into the run": call,
+                "the method": f"{self.method.name} {self.method.settings()}",
+                "the loss": entry.identity(self.loss_fn),
+                "norm_statistics": self.norm_statistics,
+                "scores": str(self.scores),
+                "dead_count": str(self.dead_count),
+                "the sets that are scored": str(sorted(self._sets)),
+            }
+        )
 
     def _name_sets(self, **sets: Data) -> None:
         with ranks.fail_together():
@@ -471,110 +435,70 @@ class Session:
                 self._sets[name] = samples_of(data, name=name, **self._reading)
             refuse_shared_indices(self._sets)
 
-    def _expect(self, phase: str, call: str) -> None:
-        if self._phase != phase:
-            raise RuntimeError(
-                f"{call}() needs a session that is {phase!r}, this one is {self._phase!r}; the "
-                "order is measure -> select -> reset -> guard -> your loop -> finish, each once"
-            )
-
     def _parameters(self) -> dict[str, Tensor]:
         return dict(fsdp.parameters_of(unwrap(self.model)))
 
     def _trainable(self) -> dict[str, Tensor]:
         return {name: p for name, p in self._parameters().items() if p.requires_grad}
 
-    def _prepared_term(self) -> Term | None:
-        assert self._selection is not None and self._forget is not None and self._retain is not None
-        term = self.method.term()
-        if term is not None:
-            with self._timed("term"):
-                term.prepare(
-                    Original(
-                        model=self.model,
-                        forget=self._sets["forget"],
-                        selection=self._selection,
-                        forget_count=self._facts["forget_samples"],
-                        retain_count=self._facts["retain_samples"],
-                        seen=torch.cat([self._forget.samples, self._retain.samples]),
-                        progress=self.progress,
-                    )
-                )
-        return term
-
-    def _added_to_steps(self) -> Adding | None:
-        if self._term is None or not self.trains:
+    def _trials(self) -> gamma_auto.Trials | None:
+        if not self.method.is_open:
             return None
-        if "forget" not in self._sets:
-            raise ValueError(
-                f"{self.method.name} draws forget batches at every step, also in a resumed run; "
-                "name the forget set, by watch(forget=...) in a session"
-            )
-        forget, done = self._sets["forget"], self._added_before
-        return Adding(self._term, self.model, forget, self.loss_fn, done=done)
+        gamma_auto.require_whole(self.model)
+        with self._account.timed("choose gamma"):
+            return gamma_auto.trials_of(self.method, self._sets, **self._reading)
 
-    def _count_dead(self) -> None:
-        assert self._selection is not None
+    def _choose(self, trials: gamma_auto.Trials, measured: Measured) -> None:
+        with self._account.timed("choose gamma"):
+            choice = trials.choose(
+                self.model,
+                grid(self.method),
+                measured,
+                loss_fn=self.loss_fn,
+                norm_statistics=self.norm_statistics,
+            )
+        self.method = choice.method
+        self._account.report = replace(
+            self.report, settings=self.method.settings(), gamma_choice=choice.to_dict()
+        )
+        self._account.warn("" if choice.met else choice.reason)
+
+    def _count_dead(self, chosen: Mask) -> str:
+        """Counts them into the report; returns what to warn of."""
         retain = self._sets.get("retain")
-        total = self._facts["selected_entries"]
+        total = self.report.selected_entries
         if not self.dead_count or retain is None or not total or not self.trains:
-            return
-        with self._timed("dead"):
+            return ""
+        with self._account.timed("dead"):
             counts = dead.dead_entries(
                 self.model,
-                self._selection.masks,
+                chosen,
                 retain,
                 self.loss_fn,
                 batch_statistics=self.norm_statistics == "update",
             )
-        for name, count in counts.items():
-            self._layers[name]["dead"] = count
+        layers = tuple(replace(x, dead=counts.get(x.name, x.dead)) for x in self.report.layers)
         fraction = sum(counts.values()) / total
-        self._facts["dead_fraction"] = fraction
-        if fraction > dead.WARN_ABOVE:
-            self._warn(
-                f"{fraction:.1%} of the reset entries are dead: their gradient on the retain set "
-                f"is exactly 0, so no training brings them back; {self._way_out_of_dead()}"
-            )
+        self._account.report = replace(self.report, layers=layers, dead_fraction=fraction)
+        return findings.of_dead(fraction, layers, self._parameters(), self.method)
 
-    def _way_out_of_dead(self) -> str:
-        parameters = self._parameters()
-        flat = any(
-            layer["selected"] and parameters[name].dim() <= 1
-            for name, layer in self._layers.items()
-        )
-        knob = f"raise {self.method.knob}" if self.method.knob else "select fewer"
-        return f"leave one-dimensional parameters out, or {knob}" if flat else knob
+    def _score(self, when: str, **options: Any) -> Evaluation | str:
+        with self._account.timed("evaluate"):
+            found = scored(self.model, self._sets, self.loss_fn, progress=self.progress, **options)
+        told = found if isinstance(found, str) else found.to_dict()
+        self._account.report = replace(self.report, scores={**self.report.scores, when: told})
+        return found
 
-    def _evaluate(self, when: str, gold: Gold | None) -> None:
-        words = "the original model" if when == "before" else "the unlearned model"
-        with self._timed("evaluate"):
-            try:
-                self._scores[when] = evaluate(
-                    self.model,
-                    gold=gold,
-                    progress=words if self.progress else False,
-                    **self._evaluated(),
-                ).to_dict()
-            except losses.not_for_scores(self.loss_fn) as reason:
-                self._scores[when] = f"not computed: {reason}"
+    def _score_before(self) -> None:
+        found = self._score("before")
+        self._account.warn(findings.of_labels(found))
+        if isinstance(found, Evaluation):
+            require_comparable(self.gold, self._sets, found)
 
-    def _evaluated(self) -> dict[str, Any]:
-        return {
-            name: self._sets[name]
-            for name in ("forget", "retain", "test", "forget_test")
-            if name in self._sets
-        }
-
-    def _warn(self, text: str) -> None:
-        self._warnings.append(text)
-        if ranks.is_first():
-            warnings.warn(text, UserWarning, stacklevel=3)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+    def _seconds(self) -> dict[str, float]:
+        """By phase so far, those before a resume included."""
+        seconds = dict(self.report.seconds)
+        if isinstance(self._at, Guarded):
+            spent = time.perf_counter() - self._at.started
+            seconds["fine-tune"] = seconds.get("fine-tune", 0.0) + spent
+        return seconds

@@ -104,8 +104,7 @@ def check_measuring_leaves_no_trace(method: Method) -> None:
 def check_select_is_pure(method: Method) -> None:
     """Selecting changes neither measurement, and twice gives the same."""
     run = _measured(method, network())
-    forget, retain = run._forget, run._retain
-    assert forget is not None and retain is not None
+    forget, retain = run.measured.forget, run.measured.retain
     before = [_copy(forget), _copy(retain)]
     one, other = method.select(forget, retain), method.select(forget, retain)
     for held, now in zip(before, (forget, retain), strict=True):
@@ -119,8 +118,7 @@ def check_new_values_are_pure(method: Method) -> None:
     """New values change neither weights nor measurements, and twice are the same."""
     model = network()
     run = _measured(method, model)
-    forget, retain = run._forget, run._retain
-    assert forget is not None and retain is not None
+    forget, retain = run.measured.forget, run.measured.retain
     selection = method.select(forget, retain)
     before, held = _bits(model), [_copy(forget), _copy(retain), _copied(selection.masks)]
     with torch.no_grad():

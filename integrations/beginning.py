@@ -40,8 +40,7 @@ def take_up(
     run: Session, state: Mapping[str, Any], forget: Data | None, retain: Data | Measurement | None
 ) -> None:
     """Goes on with a stored run; the sets, where they are known, are those it is scored on."""
-    with ranks.fail_together():
-        run.load_state_dict(state)
+    run.load_state_dict(state)
     known = {"forget": forget, "retain": retain}
     run.watch(
         **{

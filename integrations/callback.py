@@ -12,14 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
-from deepclean_hooks.data import losses
 from deepclean_hooks.data.samples import Data
 from deepclean_hooks.integrations.beginning import begin, require_alike, take_up
 from deepclean_hooks.integrations.run_output import leave_report, write_report
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods import DeepClean
+from deepclean_hooks.methods import DEFAULT
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.metrics.evaluate import evaluate
+from deepclean_hooks.metrics.scoring import scored
 from deepclean_hooks.options import Options, require_known
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
@@ -43,7 +42,7 @@ class UnlearningCallback:
         """`forget` may be left out of a run that is resumed; `method` is DeepClean() by default,
         one that trains by an objective of its own is refused."""
         require_known(options, type(self).__name__)
-        self.method = method or DeepClean()
+        self.method = method or DEFAULT
         self.method.require_plain_training()
         self._forget, self._retain = forget, retain
         self._options = options
@@ -81,7 +80,7 @@ class UnlearningCallback:
         self.close()
         kept = None
         if stored is None and self._kept is not None and self._kept[0]() is model:
-            kept = self._kept[1]
+            kept = {**self._kept[1], "model": None}  # it is trained on in this very process
         options = self._read_options(read, progress)
         resumes = stored is not None or kept is not None
         require_alike(self.method, options, resumes=resumes)
@@ -137,15 +136,19 @@ class UnlearningCallback:
         it is not scored."""
         if self._run is None or self._forget is None or not self._options.get("scores", True):
             return {}
-        try:
-            scores = evaluate(
-                model, forget=read(self._forget), membership=False, progress=progress
-            ).sets["forget"]
-        except losses.not_for_scores(self._options.get("loss_fn")):
+        found = scored(
+            model,
+            {"forget": read(self._forget)},
+            self._options.get("loss_fn"),
+            membership=False,
+            progress=progress,
+        )
+        if isinstance(found, str):
             return {}
+        forget = found.sets["forget"]
         return {
-            "deepclean_forget_accuracy": scores.accuracy,
-            "deepclean_forget_loss": scores.loss,
+            "deepclean_forget_accuracy": forget.accuracy,
+            "deepclean_forget_loss": forget.loss,
         }
 
     def _read_options(self, read: Callable[[Data], Data], progress: bool) -> Options:

@@ -31,7 +31,7 @@ from deepclean_hooks import (
     RandomLabel,
     SalUn,
 )
-from deepclean_hooks.tuning.projection import search
+from deepclean_hooks.tuning.search import search
 
 from .cases import MEASURED, Case
 from .setups import SCENARIOS, forgotten_class
@@ -104,7 +104,9 @@ def _searched_projection(case: Case) -> Method:
     """The alphas that score best on the samples that the projection is computed from."""
     kept, gone = _few_for_projection(case)
     sets = case.few(case.sets.forget, gone), case.few(case.sets.retain, kept)
-    return search(case.copy(), *sets, batch_size=MEASURED, progress=False)[0].method
+    return search(
+        case.copy(), *sets, ClassProjection().grid(), batch_size=MEASURED, progress=False
+    )[0].method
 
 
 def _few_for_expected_fisher(case: Case) -> tuple[int, int]:

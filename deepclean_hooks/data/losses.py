@@ -25,14 +25,6 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def not_for_scores(loss_fn: LossFn | None) -> tuple[type[Exception], ...]:
-    """The errors by which scoring says that it cannot read the data of a run with this loss (None:
-    the default). One of the user's own may understand batches, labels and models that scoring
-    does not."""
-    own = loss_fn is not None and loss_fn is not cross_entropy
-    return (TypeError, ValueError, NotImplementedError) if own else (TypeError,)
-
-
 def logits_and_labels(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Runs the model on a batch: logits (N, C) and labels (N,) as int64 class indices.
 

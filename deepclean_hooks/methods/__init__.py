@@ -20,9 +20,13 @@ from deepclean_hooks.methods.selecting import Mask, Selection
 from deepclean_hooks.methods.ssd import ASSD, LFSSD, SSD
 from deepclean_hooks.methods.training import Training
 
+DEFAULT: Method = DeepClean()
+"""What is taken where no method is named."""
+
 __all__ = [
     "ASSD",
     "CT",
+    "DEFAULT",
     "LFSSD",
     "MSG",
     "SCRUB",

@@ -7,8 +7,9 @@ D: inputs of one output of a layer, G: groups, O: outputs of a group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.selecting import Mask, Selection
 from deepclean_hooks.methods.settings import require_positive
 
+RETAIN_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0)
+FORGET_GRID = (1.0, 3.0, 10.0, 30.0, 100.0)
+
 
 @dataclass(frozen=True)
 class ClassProjection(Method):
@@ -30,7 +34,7 @@ class ClassProjection(Method):
     (equations 3 to 5), once for the retain set with `alpha_retain`, once for the forget set with
     `alpha_forget`. All layers are measured on the original network. Biases and norms stay as they
     are. 100 and 3 are the paper's for CIFAR-10 (CIFAR-100: 1000 and 30, ImageNet: 100 and 10);
-    `search` looks for others on training data.
+    `tuning.search` looks for others on training data, among `ClassProjection().grid()`.
 
     `estimator`: over every patch of every sample, exactly; `LayerInputs(patches=SampledPatches())`
     samples patches as the published code does. Pass Subsets of some hundred samples of each class
@@ -47,6 +51,15 @@ class ClassProjection(Method):
     def __post_init__(self) -> None:
         """Raises ValueError for a hyper-parameter that is no positive number."""
         require_positive(alpha_retain=self.alpha_retain, alpha_forget=self.alpha_forget)
+
+    def grid(
+        self,
+        alphas_retain: Sequence[float] = RETAIN_GRID,
+        alphas_forget: Sequence[float] = FORGET_GRID,
+    ) -> list[ClassProjection]:
+        """The same with every pair of alphas, by default of the paper's grid."""
+        pairs = itertools.product(alphas_retain, alphas_forget)
+        return [replace(self, alpha_retain=kept, alpha_forget=gone) for kept, gone in pairs]
 
     @property
     def measured_by(self) -> Estimator:

@@ -95,6 +95,20 @@ class DeepClean(Method):
             )
         return self.gamma
 
+    def at(self, number: float) -> DeepClean:
+        """The same with this gamma, which needs no held-out data any more."""
+        return dataclasses.replace(self, gamma=number, held_out=None)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether gamma is "auto"."""
+        return self.gamma == "auto"
+
+    @property
+    def trial_data(self) -> Data | None:
+        """`held_out`."""
+        return self.held_out
+
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether entries of this parameter may be selected."""
         if parameter.dim() <= 1 and not self.one_dimensional:

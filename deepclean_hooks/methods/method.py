@@ -6,19 +6,24 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import Data
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.selecting import Mask, Selection, everything, nothing
 from deepclean_hooks.methods.term import Term
 from deepclean_hooks.methods.training import Training
+from deepclean_hooks.ranks import fsdp, shards
 
 __all__ = ["Mask", "Method", "Selection"]
+
+M = TypeVar("M", bound="Method")
 
 
 class Method(ABC):
@@ -57,6 +62,28 @@ class Method(ABC):
         """Whether `select` and `new_values` look at entries one by one (and count and compare whole
         tensors by way of `shards`), so that they serve a model under FSDP2."""
         return False
+
+    @property
+    def number(self) -> float:
+        """The value of the `knob`; raises TypeError for a method without one."""
+        if not self.knob:
+            raise TypeError(f"{self.name} has no hyper-parameter that widens its selection")
+        return float(getattr(self, self.knob))
+
+    def at(self: M, number: float) -> M:
+        """The same method with its `knob` at this value."""
+        changed: M = dataclasses.replace(self, **{self.knob: number})  # type: ignore[type-var]  # every method is a dataclass
+        return changed
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the `knob` is still to be chosen, by trials on copies of the model."""
+        return False
+
+    @property
+    def trial_data(self) -> Data | None:
+        """Data that those trials compare the forget set with, neither training nor test data."""
+        return None
 
     @property
     def measured_by(self) -> Estimator:
@@ -101,6 +128,19 @@ class Method(ABC):
         model is left as it is."""
         weights = {name: p.detach() for name, p in model.named_parameters()}
         return self.new_values(weights, selection, forget, retain)
+
+    def write(self, model: nn.Module, selection: Selection, values: Mapping[str, Tensor]) -> None:
+        """Gives the picked entries of an unwrapped model, and its buffers where the method resets
+        them, their values, in place; every other bit stays."""
+        weights = fsdp.parameters_of(model)
+        with torch.no_grad():
+            for name, mask in selection.masks.items():
+                # where copies bits, so the entries that stay keep theirs, NaN and -0.0 too
+                here, new = shards.local(weights[name]), shards.local(values[name])
+                here.copy_(torch.where(shards.local(mask), new, here))
+            if self.resets_buffers:
+                for name, buffer in model.named_buffers():
+                    buffer.copy_(values.get(name, buffer))
 
     def free(self, selection: Selection) -> Mask:
         """The entries that may train afterwards; every other entry keeps its bits. Every entry that

@@ -73,10 +73,10 @@ def evaluate(
         }
     if not sets:
         raise ValueError(f"evaluate needs at least one of {', '.join(given)}; none was given")
-    golds = _several(gold)
+    golds = several(gold)
     for retrained in golds:
         if isinstance(retrained, Evaluation):
-            _require_same_data(retrained, sets)
+            require_same_data(retrained, sets)
     models = 1 + sum(isinstance(retrained, nn.Module) for retrained in golds)
     run = _Run(sets, models, untrained, membership, probe, bool(progress))
     result = run.of(model, progress if isinstance(progress, str) else "the model")
@@ -87,7 +87,8 @@ def evaluate(
     return _against(known, result, membership) if known else result
 
 
-def _several(gold: Gold | None) -> list[nn.Module | Evaluation]:
+def several(gold: Gold | None) -> list[nn.Module | Evaluation]:
+    """The gold models or Evaluations one by one; raises TypeError for anything else."""
     if gold is None:
         return []
     # A model may be a sequence itself: nn.Sequential, nn.ModuleList.
@@ -179,7 +180,8 @@ def _attacks(outputs: dict[str, Outputs]) -> dict[str, Attack]:
     }
 
 
-def _require_same_data(gold: Evaluation, sets: Mapping[str, Samples]) -> None:
+def require_same_data(gold: Evaluation, sets: Mapping[str, Samples]) -> None:
+    """Raises ValueError for a gold Evaluation that lacks one of the sets."""
     missing = [name for name in sets if name not in gold.sets]
     if missing:
         raise ValueError(

@@ -4,7 +4,7 @@ ranks."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -68,12 +68,20 @@ def gather(value: T) -> list[T]:
 def require_agreement(what: str, value: str) -> None:
     """Raises RuntimeError on every rank if the ranks hold different values; `what` names the thing
     compared."""
-    values = gather(value)
-    if len(set(values)) > 1:
-        raise RuntimeError(
-            f"{what} differs between ranks: {values}; give every rank the same model, data sets "
-            "and settings"
-        )
+    require_same({what: value})
+
+
+def require_same(values: Mapping[str, str]) -> None:
+    """Raises RuntimeError on every rank, naming the first, if any of these differs between ranks;
+    one exchange for all of them."""
+    everyone = gather(dict(values))
+    for what in dict.fromkeys(name for each in everyone for name in each):
+        seen = [each.get(what, "nothing") for each in everyone]
+        if len(set(seen)) > 1:
+            raise RuntimeError(
+                f"{what} differs between ranks: {seen}; give every rank the same model, data sets "
+                "and settings"
+            )
 
 
 @contextmanager

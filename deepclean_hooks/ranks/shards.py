@@ -8,10 +8,13 @@ read as a number, give that of this rank alone; `total`, `largest` and `any_true
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from deepclean_hooks.ranks import collectives as ranks
 
 
 def is_shard(tensor: object) -> bool:
@@ -87,6 +90,21 @@ def summed_part(full: Tensor, like: Tensor) -> Tensor:
 def total(tensor: Tensor) -> int:
     """The sum of a bool or integer tensor over all its shards; all ranks call this."""
     return int(_over_shards(tensor, "sum", local(tensor).sum(dtype=torch.int64)))
+
+
+def counted(counts: Mapping[str, int], like: Mapping[str, Tensor]) -> dict[str, int]:
+    """Counts by the name of a tensor, of all shards together; all ranks call this.
+
+    What is not sharded is the same on every rank, so the largest of the ranks' counts stands.
+    """
+    everyone = ranks.gather(dict(counts))
+    names = sorted({name for part in everyone for name in part})
+    return {
+        name: (sum if name in like and is_shard(like[name]) else max)(
+            part.get(name, 0) for part in everyone
+        )
+        for name in names
+    }
 
 
 def largest(tensor: Tensor) -> float:

@@ -13,21 +13,9 @@ from typing import Any
 import torch
 
 from deepclean_hooks.report import html, markdown, small_sets
+from deepclean_hooks.report.layers import Layer
 from deepclean_hooks.report.stored_report import SCHEMA
 from deepclean_hooks.report.verify import printable
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One parameter: how many entries it has, how many were selected, how many of those are dead,
-    and how many may differ from the original in the end: those selected and those free to train."""
-
-    name: str
-    entries: int
-    selected: int = 0
-    dead: int | None = None
-    held_back: int = 0
-    may_change: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +23,8 @@ class Report:
     """The account of one unlearning run; None where a phase has not happened yet.
 
     Fractions are of 0 to 1: `selected_fraction` of all trainable entries, `dead_fraction` of the
-    selected ones. `frozen_entries_moved` is counted bit by bit at the end. `seconds`: wall-clock by
+    selected ones. Counted bit by bit at the end: `frozen_entries_moved`, and `restored_entries`,
+    those that the reset changed and that hold their old value again. `seconds`: wall-clock by
     phase. `scores`: `before` and `after`, each an evaluation, or the reason why there is none.
     `effect`: what became of the selected entries. `may_change_entries`: those selected or free to
     train; all others are frozen. `forgotten`: salted hashes of the forget samples, and the salt.
@@ -65,6 +54,7 @@ class Report:
     norm_statistics: str | None = None
     optimizer_steps: int | None = None
     frozen_entries_moved: int | None = None
+    restored_entries: int | None = None
     model_before: str | None = None
     model_after: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -89,6 +79,20 @@ class Report:
     def to_json(self, *, indent: int | None = 2, exact: bool = False) -> str:
         """The report as JSON text; `exact` as in `to_dict`."""
         return json.dumps(self.to_dict(exact=exact), indent=indent, default=str)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What `of_plain` makes the report of again: the exact `to_dict` as it is after JSON."""
+        plain: dict[str, Any] = json.loads(self.to_json(exact=True))
+        return plain
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> Report:
+        """The report of a stored run, with the versions of what goes on with it now."""
+        known = {f.name for f in dataclasses.fields(cls)} - {"versions"}
+        values = {name: value for name, value in plain.items() if name in known}
+        values["layers"] = tuple(Layer(**layer) for layer in plain["layers"])
+        values["warnings"] = tuple(plain["warnings"])
+        return cls(**values)
 
     def to_html(
         self,

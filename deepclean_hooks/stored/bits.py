@@ -20,6 +20,17 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().view(_INTEGER[tensor.element_size()])
 
 
+def require_comparable(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, naming them, for tensors whose entries no integer compares."""
+    wide = [name for name, t in tensors.items() if t.element_size() not in _INTEGER]
+    if wide:
+        raise ValueError(
+            f"{', '.join(wide[:5])}: {tensors[wide[0]].dtype} has "
+            f"{tensors[wide[0]].element_size()} bytes an entry, which cannot be held bit for bit; "
+            "keep it as real and imaginary parts, or as complex64"
+        )
+
+
 def differing(one: Tensor, other: Tensor) -> Tensor:
     """True where two tensors of one shape and dtype differ in at least one bit."""
     return bits(one) != bits(other)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepclean_hooks.ranks.shards import cut, whole
-from deepclean_hooks.stored.bits import bits, digest
+from deepclean_hooks.stored.bits import bits, combined, tensor_digest
 
 
 def pack(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,26 +42,19 @@ def unpack(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str
     return masks
 
 
-def frozen_digest(parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all entries that may not move; the free ones are read as 0, whatever they hold."""
+def frozen_digest(
+    parameters: Mapping[str, Tensor], free: Mapping[str, Tensor], known: Mapping[str, str] | None
+) -> str:
+    """SHA-256 of all entries that may not move; the free ones are read as 0, whatever they hold.
 
-    return digest(_Frozen(parameters, free))
-
-
-class _Frozen(Mapping[str, Tensor]):
-    """Makes each tensor when it is asked for: of a sharded model only one is whole at a time."""
-
-    def __init__(self, parameters: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> None:
-        self._parameters, self._free = parameters, free
-
-    def __getitem__(self, name: str) -> Tensor:
-        integers = bits(whole(self._parameters[name].detach()))
-        if name not in self._free:
-            return integers
-        return integers.masked_fill(whole(self._free[name]), 0)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
+    `known`: digests of the parameters as they are, which serve for those without a free entry. Of a
+    sharded model one parameter is whole at a time; all ranks call this.
+    """
+    digests: dict[str, str] = {}
+    for name, parameter in parameters.items():
+        if name in free:
+            frozen = bits(whole(parameter.detach())).masked_fill(whole(free[name]), 0)
+            digests[name] = tensor_digest(frozen)
+        else:
+            digests[name] = (known or {}).get(name) or tensor_digest(parameter)
+    return combined(digests)

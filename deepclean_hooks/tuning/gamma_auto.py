@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,8 @@ from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import NormStatistics
-from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.measure.request import measured
-from deepclean_hooks.methods.deepclean import DeepClean
+from deepclean_hooks.measure.request import Measured, measured
+from deepclean_hooks.methods import DEFAULT
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.metrics.outputs import Outputs, collect
 from deepclean_hooks.model import no_trace
@@ -119,7 +118,7 @@ class GammaChoice:
     """The gamma chosen, why, and the trials in rising order of gamma; `original`: the model as it
     was; `method`: the method with this gamma."""
 
-    method: DeepClean
+    method: Method
     trials: tuple[GammaTrial, ...]
     original: Behaviour
     reason: str
@@ -163,7 +162,7 @@ def choose_gamma(
     *,
     held_out: Data | None = None,
     gammas: Sequence[float] = GAMMAS,
-    method: DeepClean | None = None,
+    method: Method | None = None,
     loss_fn: LossFn | None = None,
     norm_statistics: NormStatistics = "update",
     batch_size: int | None = None,
@@ -180,7 +179,7 @@ def choose_gamma(
     every retain sample. Raises ValueError if `held_out` is missing, or holds no sample of the
     classes in question.
     """
-    base = method or DeepClean()
+    base = method or DEFAULT
     given = {"forget": forget, "retain": retain, "held_out": held_out}
     sets = {
         name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
@@ -202,26 +201,13 @@ def choose_gamma(
     return trials.choose(
         model,
         methods,
-        found.forget,
-        found.retain,
+        found,
         loss_fn=loss_fn or losses.cross_entropy,
         norm_statistics=norm_statistics,
     )
 
 
-def is_open(method: Method) -> TypeGuard[DeepClean]:
-    """Whether the method's gamma is still to be chosen."""
-    return isinstance(method, DeepClean) and method.gamma == "auto"
-
-
-def as_chosen(method: Method, choice: Mapping[str, Any] | None) -> Method:
-    """The method with the gamma that an earlier run chose, if it is open and there is one."""
-    if choice is None or not is_open(method):
-        return method
-    return dataclasses.replace(method, gamma=choice["gamma"], held_out=None)
-
-
-def trials(method: DeepClean, sets: Mapping[str, Samples], **reading: Any) -> Trials:
+def trials_of(method: Method, sets: Mapping[str, Samples], **reading: Any) -> Trials:
     """The trials of a session whose method is open; `reading` is how its held-out data are read.
 
     Raises ValueError where the retain set is not at hand, or as `Trials` does.
@@ -231,8 +217,8 @@ def trials(method: DeepClean, sets: Mapping[str, Samples], **reading: Any) -> Tr
             'gamma="auto" trains copies of the model on retain samples, and a stored '
             "measurement has none; pass the retain set, or give gamma a number"
         )
-    given = method.held_out
-    held_out = None if given is None else samples_of(given, name="held_out", **reading)
+    data = method.trial_data
+    held_out = None if data is None else samples_of(data, name="held_out", **reading)
     return Trials(sets["forget"], sets["retain"], held_out)
 
 
@@ -277,9 +263,8 @@ class Trials:
     def choose(
         self,
         model: nn.Module,
-        methods: Sequence[DeepClean],
-        forget: Measurement,
-        retain: Measurement,
+        methods: Sequence[Method],
+        measured: Measured,
         *,
         loss_fn: LossFn,
         norm_statistics: NormStatistics,
@@ -292,11 +277,12 @@ class Trials:
         original = self.behaviour(model)
         tried = []
         for one in methods:
-            selection = one.select(forget, retain)
-            copied = copies.zeroed(model, selection.masks)
-            if any(bool(mask.any()) for mask in selection.masks.values()):
-                copies.tune(copied, selection.masks, train, norm_statistics)
-            count = sum(int(mask.sum()) for mask in selection.masks.values())
+            selection = one.select(measured.forget, measured.retain)
+            copied = copies.reset(model, one, selection, measured)
+            free = one.free(selection)
+            if any(bool(mask.any()) for mask in free.values()):
+                copies.tune(copied, free, train, norm_statistics)
+            count = selection.entries()
             found = self.behaviour(copied)
             unseen = found.as_unseen(self.classes)
             far = found.distance(original)

@@ -9,20 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from deepclean_hooks.data import losses
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import NormStatistics
-from deepclean_hooks.measure.request import measured
-from deepclean_hooks.methods.deepclean import DeepClean
+from deepclean_hooks.measure.request import Measured, measured
+from deepclean_hooks.methods import DEFAULT
+from deepclean_hooks.methods.method import Method, Selection
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
 from deepclean_hooks.ranks import fsdp
 from deepclean_hooks.report import curves
 from deepclean_hooks.tuning import copies
-from deepclean_hooks.tuning.copies import FineTune
+from deepclean_hooks.tuning.copies import Train
 
 GAMMAS = (1.0, 1.1, 1.5, 2.0, 3.0, 5.0, 10.0)
 
@@ -105,8 +106,8 @@ def gamma_sweep(
     retain: Data,
     *,
     gammas: Sequence[float] = GAMMAS,
-    method: DeepClean | None = None,
-    fine_tune: FineTune | None = None,
+    method: Method | None = None,
+    fine_tune: Train | None = None,
     scores: bool = True,
     test: Data | None = None,
     forget_test: Data | None = None,
@@ -116,15 +117,16 @@ def gamma_sweep(
     collate_fn: Any = None,
     progress: bool = True,
 ) -> GammaSweep:
-    """What DeepClean would select for each gamma, and how the model behaves with it; the Fisher
-    diagonals are measured once and the model is left as it was.
+    """What the method would select for each gamma, and how the model behaves with it; both sets are
+    measured once and the model is left as it was.
 
-    `method` gives the other settings. With `scores` each gamma's zeroed model is evaluated on the
+    `method`, DeepClean by default, gives the other settings; of another method than DeepClean the
+    values are those of its `knob`. With `scores` each gamma's zeroed model is evaluated on the
     sets given, a forward pass each; with `fine_tune`, a callable that trains the model it is given,
     a copy is trained with all but W_f held, and evaluated too. Choosing gamma by `test` tunes on
     test data: leave it out and read the figures of forget and retain.
     """
-    base = method or DeepClean()
+    base = method or DEFAULT
     methods = grid(base, gammas)
     fsdp.refuse_sharded(unwrap(model), "gamma_sweep")
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
@@ -142,12 +144,12 @@ def gamma_sweep(
         loss_fn=loss_fn or losses.cross_entropy,
         progress=progress,
     )
-    tried = _Trial(unwrap(model), sets, scores, fine_tune, norm_statistics, progress)
+    tried = _Trial(unwrap(model), found, sets, scores, fine_tune, norm_statistics, progress)
     points = []
     for one in methods:
-        masks = one.select(found.forget, found.retain).masks
-        counts = {name: int(mask.sum()) for name, mask in masks.items()}
-        points.append(GammaPoint(one.number, counts, *tried.of(masks)))
+        selection = one.select(found.forget, found.retain)
+        counts = {name: int(mask.sum()) for name, mask in selection.masks.items()}
+        points.append(GammaPoint(one.number, counts, *tried.of(one, selection)))
     return GammaSweep(
         tuple(points),
         {name: total.numel() for name, total in found.forget.sums.items()},
@@ -156,9 +158,9 @@ def gamma_sweep(
     )
 
 
-def grid(base: DeepClean, gammas: Sequence[float] = GAMMAS) -> list[DeepClean]:
+def grid(base: Method, gammas: Sequence[float] = GAMMAS) -> list[Method]:
     """The method with each gamma, in rising order; raises ValueError for a bad or no gamma."""
-    methods = [dataclasses.replace(base, gamma=g, held_out=None) for g in sorted(set(gammas))]
+    methods = [base.at(gamma) for gamma in sorted(set(gammas))]
     if not methods:
         raise ValueError("gammas is empty; give at least one")
     return methods
@@ -169,21 +171,22 @@ class _Trial:
     """How one selection is tried out, on copies of the model."""
 
     model: nn.Module
+    measured: Measured
     sets: Mapping[str, Samples]
     scores: bool
-    fine_tune: FineTune | None
+    fine_tune: Train | None
     norm_statistics: NormStatistics
     progress: bool
 
-    def of(self, masks: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-        """The figures after the zeroing and after the fine-tune."""
+    def of(self, method: Method, selection: Selection) -> tuple[dict[str, float], dict[str, float]]:
+        """The figures after the reset and after the fine-tune."""
         if not self.scores and self.fine_tune is None:
             return {}, {}
-        copied = copies.zeroed(self.model, masks)
+        copied = copies.reset(self.model, method, selection, self.measured)
         zeroed = self.figures(copied)
         if self.fine_tune is None:
             return zeroed, {}
-        copies.tune(copied, masks, self.fine_tune, self.norm_statistics)
+        copies.tune(copied, method.free(selection), self.fine_tune, self.norm_statistics)
         return zeroed, self.figures(copied)
 
     def figures(self, model: nn.Module) -> dict[str, float]:

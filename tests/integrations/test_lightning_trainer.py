@@ -96,7 +96,7 @@ def loader(data: Any = RETAIN) -> DataLoader:
 def free_of(run: deepclean.DeepCleanLightningCallback) -> dict[str, Tensor]:
     """The masks that it holds."""
     assert run._run is not None
-    return run._run._free
+    return run._run.free
 
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def test_masks_and_bits_in_every_configuration(name: str, tmp_path: Path) -> Non
     then = bits_of(model)
     trainer(tmp_path, run, **CONFIGURATIONS[name]).fit(model, loader())
     free = free_of(run)
-    assert all(torch.equal(mask, free[n]) for n, mask in reference._free.items())
+    assert all(torch.equal(mask, free[n]) for n, mask in reference.free.items())
     frozen_moved, free_moved = moved(model, then, free)
     assert run.report.frozen_entries_moved == frozen_moved == 0
     assert free_moved > 0
@@ -268,7 +268,7 @@ torch.save(free_of(run), f"{tmp_path}/free.{{fit.global_rank}}.pt")
     reference.measure(FORGET, RETAIN).select()
     for rank in (0, 1):
         free = torch.load(tmp_path / f"free.{rank}.pt")
-        assert all(torch.equal(mask, free[n]) for n, mask in reference._free.items())
+        assert all(torch.equal(mask, free[n]) for n, mask in reference.free.items())
 
 
 def _averages() -> dict[str, Any]:

@@ -112,7 +112,7 @@ def full(tensor: Tensor) -> Tensor:
 def outcome(model: nn.Module, then: dict[str, Tensor], run: deepclean.Session) -> dict[str, Any]:
     """What moved, counted here, and what a rank has at the end."""
     now = {name: full(p) for name, p in model.named_parameters()}
-    free = {name: full(mask) for name, mask in run._free.items()}
+    free = {name: full(mask) for name, mask in run.free.items()}
     frozen = {n: ~free[n] if n in free else torch.ones_like(p) > 0 for n, p in now.items()}
     return {
         "masks": digest({n: m.to(torch.uint8) for n, m in free.items()}),

@@ -220,7 +220,7 @@ def whole_run(model: nn.Module, rank: int, retain: Any = plain.RETAIN) -> dict[s
         "dead": report.dead_fraction,
         "digests": (report.model_before, report.model_after),
         "stored": stored["free"],
-        "here": sum(shards.local(mask).numel() for mask in run._free.values()),
+        "here": sum(shards.local(mask).numel() for mask in run.free.values()),
     }
 
 
@@ -275,7 +275,7 @@ def resumed_hook(rank: int) -> dict[str, Any]:
     with other as resumed:
         plain.train(again, rank, first=2, optimizer=optimizer)
     first, found = plain.outcome(model, then, run), plain.outcome(again, then, resumed)
-    sharded_masks = all(map(shards.is_shard, resumed._free.values()))
+    sharded_masks = all(map(shards.is_shard, resumed.free.values()))
     return {**found, "agree": found["weights"] == first["weights"], "sharded": sharded_masks}
 
 

@@ -142,7 +142,7 @@ def truth(model: nn.Module, method: deepclean.Method = METHOD) -> dict[str, Tens
     )
     run.measure(FORGET, RETAIN)
     run.select()
-    return run._free
+    return run.free
 
 
 def moved(model: nn.Module, then: dict[str, Tensor], free: dict[str, Tensor]) -> tuple[int, int]:

@@ -103,7 +103,7 @@ def test_a_changed_model_is_probed_again(probed: list[int]) -> None:
     model[0].weight.data += 0.1  # other weights alone change nothing of how it is measured
     run = session(model).measure(FIRST, REST)
     assert len(probed) == 4
-    assert relative_error(run._retain.sums, direct(model, REST).sums) <= 1e-12
+    assert relative_error(run.measured.retain.sums, direct(model, REST).sums) <= 1e-12
 
 
 def direct(model: nn.Module, data: TensorDataset) -> deepclean.FisherDiagonal:

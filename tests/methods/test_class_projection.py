@@ -15,7 +15,7 @@ from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.stored.bits import differing
-from deepclean_hooks.tuning.projection import search
+from deepclean_hooks.tuning.search import search
 
 ALPHAS = (100.0, 3.0)
 
@@ -288,9 +288,8 @@ def test_search_scores_the_training_data_and_changes_nothing() -> None:
     moves."""
     model, (forget, retain) = build("linear"), sets("linear")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    found = search(
-        model, forget, retain, alphas_retain=(10, 100), alphas_forget=(1, 30), progress=False
-    )
+    grid = ClassProjection().grid(alphas_retain=(10, 100), alphas_forget=(1, 30))
+    found = search(model, forget, retain, grid, progress=False)
     assert not any(differing(p, before[n]).any() for n, p in model.named_parameters())
     assert len(found) == 4
     assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)

@@ -144,7 +144,7 @@ def test_only_the_exact_estimator_is_free_of_the_batch_size() -> None:
         model = network().double()
         run = deepclean.Session(model, method, scores=False, batch_size=batch_size)
         run.measure(samples(0, 9, torch.float64), samples(9, 53, torch.float64)).select()
-        return run._selection.masks
+        return run.selection.masks
 
     one, other = selected(SSD(2.0), 3), selected(SSD(2.0), 44)
     assert sum(int(m.sum()) for m in one.values()) > 20
@@ -182,11 +182,11 @@ def test_adaptive_dampens_its_share(forgotten: int) -> None:
     """Fails if the share is not ln(1 + 100 |D_f| / |D|) per cent, or of the lowest ratios."""
     forget, retain = samples(0, forgotten, torch.float64), samples(forgotten, 53, torch.float64)
     run = deepclean.Session(network().double(), ASSD(), scores=False).measure(forget, retain)
-    own, whole = run._forget.mean(), (run._forget + run._retain).mean()
+    own, whole = run.measured.forget.mean(), (run.measured.forget + run.measured.retain).mean()
     report = run.select()
     expected = math.log(1 + 100 * forgotten / 53) / 100 * report.trainable_entries
     assert abs(report.selected_entries - expected) <= 1
-    masks = run._selection.masks
+    masks = run.selection.masks
     ratio = {n: torch.where(own[n] > 0, own[n] / whole[n], 0.0) for n in own}
     lowest = min(float(ratio[n][m].min()) for n, m in masks.items() if m.any())
     assert all(float(ratio[n][~m].max()) <= lowest for n, m in masks.items() if not m.all())

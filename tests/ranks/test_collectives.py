@@ -67,7 +67,7 @@ def test_whole_run(name: str, results: Results) -> None:
     assert one["steps"] == 4
     alone = worker.session(worker.perceptron() if name == "fsdp2" else worker.network())
     alone.measure(worker.FORGET, worker.RETAIN).select()
-    masks = {n: m.to(torch.uint8) for n, m in alone._free.items()}
+    masks = {n: m.to(torch.uint8) for n, m in alone.free.items()}
     assert worker.digest(masks) == one["masks"]
 
 

@@ -224,7 +224,7 @@ def test_fisher_forgetting_adds_the_published_noise() -> None:
     method = deepclean.FisherForgetting(classes=4, alpha=1e-4, forgotten_class=0, seed=5)
     model, original = network(), network()
     run = deepclean.Session(model, method, scores=False).measure(*sets())
-    for name, found in run._retain.mean().items():
+    for name, found in run.measured.retain.mean().items():
         torch.testing.assert_close(found, fisher[name], rtol=1e-3, atol=1e-9)
     run.select()
     run.reset()

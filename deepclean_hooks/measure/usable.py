@@ -1,0 +1,52 @@
+"""Whether a model still computes: tried on a batch after its weights were given new values."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from deepclean_hooks import ranks
+from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.samples import Samples
+from deepclean_hooks.data.walk import walk, walk_together
+from deepclean_hooks.model import no_trace
+from deepclean_hooks.ranks import fsdp
+
+
+def require_usable(model: nn.Module, data: Samples, loss_fn: LossFn) -> None:
+    """Raises ValueError if the loss of the first batch, or its gradient in a weight, is NaN, and
+    whatever the model raises; all ranks call this. The model is left as it was.
+
+    Under FSDP2 the loss alone is looked at.
+    """
+    with no_trace.no_trace(model) as inner, no_trace.float32_weights(inner) as dtype:
+        device = no_trace.device_of(inner)
+        if fsdp.is_sharded(inner):
+            together = walk_together(data, device=device, dtype=dtype)
+            for batch, _ in itertools.islice(together, 1):
+                with ranks.fail_together():
+                    _loss(inner, batch, loss_fn)
+            return
+        with ranks.fail_together():
+            for batch in itertools.islice(walk(data, device=device, dtype=dtype), 1):
+                loss = _loss(inner, batch, loss_fn)
+                if loss.requires_grad:
+                    _require_gradients(inner, loss)
+
+
+def _loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
+    loss = loss_fn(model, batch)
+    if bool(loss.isnan().any()):
+        raise ValueError("the loss of a batch is NaN")
+    return loss.sum()
+
+
+def _require_gradients(model: nn.Module, loss: Tensor) -> None:
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    for name, gradient in zip(weights, gradients, strict=True):
+        if gradient is not None and bool(gradient.isnan().any()):
+            raise ValueError(f"the gradient of {name} on a batch is NaN")

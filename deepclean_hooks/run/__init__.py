@@ -1,0 +1,1 @@
+"""What a session is made of: its phases, and the checks between them."""
