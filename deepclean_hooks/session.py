@@ -241,6 +241,19 @@ class Session:
             before_step=adding,
         )
         self._enter(Guarded(at, guard, adding, time.perf_counter()))
+        if at.selection is not None:  # in a resumed run averages go on too
+            for remark in guard.watch_averages(at.selection.masks):
+                self._account.warn(remark)
+        return self
+
+    def refresh(self, average: object) -> Session:
+        """Writes the model's weights into an average of it (EMA, SWA) from before the reset, which
+        then begins anew: without this it keeps what is to be forgotten.
+
+        `average`: torch's AveragedModel, timm's ModelEma, V2 or V3, a plain copy, or an object with
+        a module, a list or a dict of tensors like the model's. Raises ValueError for anything else.
+        """
+        self._expect(Guarded, "refresh").guard.refresh(average)
         return self
 
     def compact(self) -> dict[str, nn.Parameter]:
@@ -269,13 +282,14 @@ class Session:
         now, seconds = at.so_far(), self._seconds()
         try:
             parameters = self._parameters()
+            moved = shards.counted(at.guard.moved(), parameters)  # puts unseen writes back first
             after = checkpoint.digests_of(self.model)
             back = restored(at.reset, parameters, self.report.checkpoint_before, after)
             self._account.report = replace(
                 self.report,
                 seconds=seconds,
                 optimizer_steps=now.steps,
-                frozen_entries_moved=sum(shards.counted(at.guard.moved(), parameters).values()),
+                frozen_entries_moved=sum(moved.values()),
                 restored_entries=back.entries,
                 model_after=bits.combined(after),
                 checkpoint_after=after,

@@ -604,7 +604,8 @@ def test_averaged_copy_from_before_keeps_what_was_learned() -> None:
     then = {name: p.detach().clone() for name, p in learned.items()}
     run.reset()
     after = torch.optim.swa_utils.AveragedModel(model)
-    run.guard()
+    with pytest.warns(UserWarning, match="AveragedModel averages this model since before"):
+        run.guard()
     before.update_parameters(model)
     run.finish()
     for name, mask in run.selection.masks.items():

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from deepclean_hooks import ranks
 from deepclean_hooks.guard import account as accounts
+from deepclean_hooks.guard import averages
 from deepclean_hooks.guard import norm_statistics as statistics
 from deepclean_hooks.guard import optimizers as kinds
 from deepclean_hooks.guard.account import Account
 from deepclean_hooks.guard.added import BeforeStep
+from deepclean_hooks.guard.averages import Averages
 from deepclean_hooks.guard.compact import Compact
 from deepclean_hooks.guard.held import GuardError, Held, restore
 from deepclean_hooks.guard.norm_statistics import NormStatistics
@@ -96,6 +98,7 @@ class Guard:
                 if id(parameter) not in self._held or self._held[id(parameter)].free is not None
             }
             self._then = accounts.checksums(self._trainable)
+            self._averages: Averages | None = None
             norms = statistics.norms(self._model) if norm_statistics == "freeze" else {}
             self._statistics = statistics.StatisticsSnapshot(norms)
             self._hook(norms.values())
@@ -158,6 +161,21 @@ class Guard:
                 masks[name] = held.free != 0
         return masks
 
+    def watch_averages(self, reset: Mapping[str, Tensor]) -> list[str]:
+        """Looks for averages of the model (EMA, SWA) from before the reset; returns what a report
+        has to say of them. `reset`: masks of the entries that were reset."""
+        self._averages = Averages(self._model, reset)
+        return self._averages.remarks()
+
+    def refresh(self, average: object) -> None:
+        """Writes the model's parameters into an average of it, which begins anew from there.
+
+        Raises ValueError if nothing in the object has the shapes of the model's parameters.
+        """
+        refreshed = averages.refresh(average, self._model)
+        if self._averages is not None:
+            self._averages.refreshed(refreshed)
+
     def account(self) -> dict[str, Account]:
         """What became of the free entries, by name of each parameter that has any (this rank's
         shards). Raises RuntimeError after `release()`."""
@@ -189,7 +207,8 @@ class Guard:
         """
         seen = self.steps if steps is None else steps
         said = accounts.remarks(self.account(), reset, seen)
-        return [*filter(None, [self._unseen.remark()]), *said]
+        copies = [] if self._averages is None else self._averages.moved()
+        return [*filter(None, [self._unseen.remark()]), *said, *copies]
 
     def hold(self) -> None:
         """Puts every frozen entry and norm statistic back now: for weights that were written by
