@@ -164,7 +164,7 @@ def _loss(series: Series, aim: str) -> Drawing | None:
         return None
     title = "How surprised the model is"
     low, high = lines[0].points[0][0], lines[0].points[-1][0]
-    marks = [(10.0**power, f"{10.0**power:.10g}") for power in (-6, -4, -2, 0, 2)]
+    marks = [(1e-6, "0.000001"), (1e-4, "0.0001"), (1e-2, "0.01"), (1.0, "1"), (100.0, "100")]
     x = Axis("loss (logarithmic)", low, high, [m for m in marks if low <= m[0] <= high], log=True)
     caption = (
         "Left: what the model knows by heart. Right: what it would not have said. Again the "
