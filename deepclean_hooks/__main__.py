@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from deepclean_hooks.report import html, small_sets, stored_report
-from deepclean_hooks.report.verify import printable, unvouched, verify
+from deepclean_hooks.report.verify import printable, shortened, unvouched, verify
 from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.files import written_whole
 
@@ -69,7 +69,8 @@ def _page(given: argparse.Namespace) -> int:
 def _say(line: str, stream: TextIO | None = None) -> None:
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(printable(line).encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    line = shortened(printable(line), 1500)
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 if __name__ == "__main__":

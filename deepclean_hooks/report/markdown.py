@@ -40,10 +40,6 @@ def text(value: object) -> str:
     return line.replace("://", ":&#47;/").replace("www.", "www&#46;").replace("@", "&#64;")
 
 
-def _code(value: object) -> str:
-    return f"`{printable(' '.join(str(value).split())).replace('`', chr(39))}`"
-
-
 def _list(title: str, items: list[str]) -> list[str]:
     return [f"## {title}", "", *(f"- {text(item)}" for item in items), ""]
 
@@ -61,7 +57,7 @@ def _table(report: Document) -> list[str]:
 def _attacks(report: Document) -> list[str]:
     lines = [
         f"- **{text(name)}**: looks at: {text(attack['feature'])}; attacker: "
-        f"{_code(attack['attacker'])}; fitted on {text(attack['fitted_on'])}. "
+        f"{text(attack['attacker'])}; fitted on {text(attack['fitted_on'])}. "
         f"Reading: {text(attack['orientation'])}."
         for name, attack in rows.attacks(report)
     ]
@@ -70,6 +66,6 @@ def _attacks(report: Document) -> list[str]:
 
 def _verify(report: Document) -> list[str]:
     lines = ["```bash", rows.VERIFY, rows.VERIFY_BOTH, "```", ""]
-    lines += [f"- SHA-256 of the {what}: {_code(value)}" for what, value in rows.digests(report)]
+    lines += [f"- SHA-256 of the {what}: {text(value)}" for what, value in rows.digests(report)]
     versions = ", ".join(f"{text(name)} {text(v)}" for name, v in report["versions"].items())
     return [*lines, f"- versions: {versions}"]

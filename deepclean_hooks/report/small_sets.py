@@ -92,12 +92,14 @@ def evaluation(score: Document) -> dict[str, Any]:
 
 
 def _small(score: Document) -> tuple[set[str], dict[str, set[str]]]:
-    """The sets that are too small, and of each set the classes that are."""
+    """The sets that are too small, and of each set that is not the classes that are."""
     sets = score["sets"]
-    return (
-        {name for name, of_set in sets.items() if of_set["count"] < LEAST},
-        {name: _few(of_set.get("per_class", {})) for name, of_set in sets.items()},
-    )
+    small = {name for name, of_set in sets.items() if of_set["count"] < LEAST}
+    classes = {
+        name: set() if name in small else _few(of_set.get("per_class", {}))
+        for name, of_set in sets.items()
+    }
+    return small, classes
 
 
 def _few(per_class: Mapping[str, Any]) -> set[str]:

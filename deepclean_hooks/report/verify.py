@@ -20,7 +20,7 @@ from deepclean_hooks.stored.naming import naming
 RETURNED = 0.05
 RETURNED_HALF = 8
 _SHOWN = 3
-_LONGEST = 160
+_LONGEST_NAME, _LONGEST_LINE = 160, 700
 
 # What a report says that is compared with the files or with itself; all else is its word alone.
 VOUCHED = frozenset(
@@ -52,7 +52,8 @@ class Check:
     def __str__(self) -> str:
         """A line with the outcome first, printable whatever the names in a file hold."""
         word = {True: "ok      ", False: "MISMATCH", None: "skipped "}[self.right]
-        return f"{word} {printable(self.what)}: {printable(self.seen)}"
+        what, seen = (shortened(printable(text), _LONGEST_LINE) for text in (self.what, self.seen))
+        return f"{word} {what}: {seen}"
 
 
 def printable(text: str) -> str:
@@ -61,6 +62,11 @@ def printable(text: str) -> str:
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in text
     )
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning of a text that is too long to show."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def verify(
@@ -169,7 +175,7 @@ def _none_of(what: str, wrong: list[str], right: str) -> Check:
 
 
 def _listed(names: list[str]) -> str:
-    shown = [name if len(name) <= _LONGEST else f"{name[:_LONGEST]}..." for name in names[:_SHOWN]]
+    shown = [shortened(name, _LONGEST_NAME) for name in names[:_SHOWN]]
     return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 

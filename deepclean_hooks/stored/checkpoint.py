@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,15 @@ def _inert(path: Path) -> list[Any]:
 
 
 def walk(loaded: Any) -> Iterator[tuple[str, Any]]:
-    """Every container and tensor in what a file holds, each once, with its place: `model.fc`."""
+    """Every container and tensor in what a file holds, each once, with its place: `model.fc`.
+
+    What stands in an optimizer's state, and elsewhere too, has its place elsewhere.
+    """
     seen: set[int] = set()
-    waiting: list[tuple[str, Any]] = [("", loaded)]
-    while waiting:
-        place, value = waiting.pop()
+    waiting: deque[tuple[str, Any]] = deque([("", loaded)])
+    later: deque[tuple[str, Any]] = deque()
+    while waiting or later:
+        place, value = (waiting or later).popleft()
         if isinstance(value, Tensor):
             yield place, value
             continue
@@ -126,7 +131,13 @@ def walk(loaded: Any) -> Iterator[tuple[str, Any]]:
             inside = list(enumerate(getattr(value, "parts", ())))
         else:
             continue
-        waiting += [(f"{place}.{key}" if place else str(key), part) for key, part in inside]
+        for key, part in inside:
+            within = f"{place}.{key}" if place else str(key)
+            (later if _of_optimizer(within) else waiting).append((within, part))
+
+
+def _of_optimizer(place: str) -> bool:
+    return "optim" in place.lower()
 
 
 def states(loaded: Any) -> dict[str, dict[str, Tensor]]:
@@ -137,5 +148,5 @@ def states(loaded: Any) -> dict[str, dict[str, Tensor]]:
     return {
         place: tensors(value)
         for place, value in walk(loaded)
-        if isinstance(value, Mapping) and tensors(value) and "optim" not in place.lower()
+        if isinstance(value, Mapping) and tensors(value) and not _of_optimizer(place)
     }
