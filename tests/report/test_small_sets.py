@@ -19,6 +19,9 @@ from deepclean_hooks.report import small_sets
 from deepclean_hooks.report.verify import verify
 from lab.planted import CLASSES, FORGET, RETAIN, TEST, WIDTH, gold, original
 
+# Runs without a loop of their own are enough here.
+pytestmark = pytest.mark.filterwarnings("ignore:no optimizer step of this model")
+
 
 def forgotten(count: int, **options: Any) -> deepclean.Report:
     """A run, without training, that forgets the first samples."""

@@ -30,6 +30,9 @@ from deepclean_hooks.stored import checkpoint
 from lab.planted import FORGET, RETAIN, gold, original
 from lab.reported import Tied, unlearned
 
+# Runs without a loop of their own are enough here.
+pytestmark = pytest.mark.filterwarnings("ignore:no optimizer step of this model")
+
 State = dict[str, Tensor]
 
 
