@@ -58,11 +58,22 @@ def network(dtype: torch.dtype = torch.float32) -> _Net:
 
 def sets(dtype: torch.dtype = torch.float32) -> tuple[TensorDataset, TensorDataset]:
     """The 10 samples of class 0, which are to be forgotten, and 30 of the other classes."""
-    random = torch.Generator().manual_seed(1)
-    y = torch.arange(40) % CLASSES
-    centres = torch.randn(CLASSES, 1, 6, 6, generator=random)
-    x = (torch.randn(40, 1, 6, 6, generator=random) + centres[y]).to(dtype)
+    x, y = _samples(dtype)
     return TensorDataset(x[y == 0], y[y == 0]), TensorDataset(x[y != 0], y[y != 0])
+
+
+def held_out(dtype: torch.dtype = torch.float32) -> TensorDataset:
+    """12 samples of all classes that are in neither set."""
+    x, y = _samples(dtype, 52)
+    return TensorDataset(x[40:], y[40:])
+
+
+def _samples(dtype: torch.dtype, count: int = 40) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    y = torch.arange(count) % CLASSES
+    centres = torch.randn(CLASSES, 1, 6, 6, generator=random)
+    x = [torch.randn(1, 6, 6, generator=random) for _ in range(count)]
+    return (torch.stack(x) + centres[y]).to(dtype), y
 
 
 def check_method(method: Method) -> None:
@@ -238,7 +249,8 @@ def check_a_run_resumes(method: Method) -> None:
         _train(first, optimizer, 1)
         stored = copy.deepcopy((first.state_dict(), optimizer.state_dict(), run.state_dict()))
     second.load_state_dict(stored[0])
-    run = Session(second, method, scores=False, progress=False).load_state_dict(stored[2]).guard()
+    run = Session(second, method, scores=False, progress=False).load_state_dict(stored[2])
+    run.watch(forget=DataLoader(sets()[0], batch_size=8)).guard()
     optimizer = _sgd(second)
     optimizer.load_state_dict(stored[1])
     try:

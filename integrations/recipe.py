@@ -3,6 +3,7 @@ of their own."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,6 @@ from deepclean_hooks.data.samples import Data, samples_of
 from deepclean_hooks.integrations.loop import LoopRun, Unlearning
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.training import Step
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.options import Options, require_known
@@ -82,6 +82,9 @@ def unlearn(
     require_known(options, "unlearn")
     reading: dict[str, Any] = {key: options.get(key) for key in ("batch_size", "collate_fn")}
     loader = samples_of(retain, name="retain", **reading).shuffled(seed)
+    per_epoch = len(loader)
+    lasting = epochs if steps is None else -(-steps // per_epoch)
+    method = method.scheduled(epochs=lasting, steps_per_epoch=per_epoch)
     progress = options.get("progress", True)
     with _launched(model, loader) as (wrapped, accelerator):
         run = LoopRun(wrapped, method, folder=folder, **options)
@@ -180,18 +183,16 @@ def _train_by_method(
         )
     model = unwrap(run.model)
     training = run.method.training(model, run.selection, run.loss_fn)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make(list(trained.values()))
-    steps = epochs * training.length(forget, retain)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    total = epochs * training.length(forget, retain)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     device = no_trace.device_of(model)
-    with no_trace.training(model), tqdm(disable=None if progress else True, total=steps) as bar:
+    with no_trace.training(model), tqdm(disable=None if progress else True, total=total) as bar:
         for epoch in range(epochs):
-            for gone, kept in training.pairs(forget, retain, epoch):
-                gone, kept = batches.to(gone, device), batches.to(kept, device)
-                loss: Any = training.objective(model, Step(gone, kept, epoch, epochs))
+            for step in training.steps(forget, retain, epoch):
+                step = dataclasses.replace(step, batch=batches.to(step.batch, device))
+                loss: Any = training.objective(model, step)
                 loss.backward()
-                training.adjust(trained)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()

@@ -138,9 +138,13 @@ MAIN: dict[str, Contender] = {
     ),
     # As its authors train, not as in DeepClean's table (1e-3, 10 epochs).
     "teacher": Contender(
-        lambda case: BadTeaching(seed=case.seed), optimizer=Optimizer(lr=1e-4), epochs=1
+        lambda case: BadTeaching(seed=case.seed, as_published=True),
+        optimizer=Optimizer(lr=1e-4),
+        epochs=1,
     ),
-    "salun": Contender(lambda case: SalUn(seed=case.seed), optimizer=Optimizer("sgd", 0.013)),
+    "salun": Contender(
+        lambda case: SalUn(seed=case.seed, as_published=True), optimizer=Optimizer("sgd", 0.013)
+    ),
     "msg": Contender(lambda case: MSG(seed=case.seed), optimizer=Optimizer("sgd", 1e-3)),
     "fisher-forgetting": Contender(_fisher_forgetting, few=_few_for_expected_fisher),
 }
@@ -148,9 +152,12 @@ MAIN: dict[str, Contender] = {
 MORE: dict[str, Contender] = {
     "neggrad+": Contender(lambda case: NegGradPlus()),
     "random-label": Contender(
-        lambda case: RandomLabel(seed=case.seed), optimizer=Optimizer("sgd", 0.013)
+        lambda case: RandomLabel(seed=case.seed, as_published=True),
+        optimizer=Optimizer("sgd", 0.013),
     ),
-    "amnesiac": Contender(lambda case: Amnesiac(seed=case.seed), optimizer=Optimizer(lr=1e-4)),
+    "amnesiac": Contender(
+        lambda case: Amnesiac(seed=case.seed, as_published=True), optimizer=Optimizer(lr=1e-4)
+    ),
     "scrub": Contender(lambda case: SCRUB(), optimizer=Optimizer("sgd", 5e-4)),
     "ct": Contender(lambda case: CT(), optimizer=Optimizer("sgd", 1e-3)),
 }

@@ -35,18 +35,20 @@ class Adding:
         self,
         term: Term,
         model: nn.Module,
-        forget: Samples,
+        forget: Samples | None,
         loss_fn: LossFn,
         *,
         done: int = 0,
     ) -> None:
-        """`done`: the steps of the run that this one goes on from. Raises ValueError for forget
-        samples without indices."""
+        """`forget` may be None for a term that draws no batches; `done`: the steps of the run that
+        this one goes on from. Raises ValueError for forget samples without indices."""
         self.term, self.done = term, done
         self._model, self._loss_fn = unwrap(model), loss_fn
         self._busy = False
         self._drawn: Drawn | None = None
-        self._batches = _drawn(forget, term.seed, done) if term.draws else iter(())
+        self._batches: Iterator[Drawn] = iter(())
+        if term.draws and forget is not None:
+            self._batches = _drawn(forget, term.seed, done)
 
     def __call__(self, optimizer: Any, stepped: Mapping[str, Tensor], again: bool) -> None:
         """Adds to the gradients of `stepped`; `again` is the same batch once more."""

@@ -156,6 +156,10 @@ class Method(ABC):
         """How `unlearn()` trains where `own_training` is set; may keep copies of the model."""
         raise NotImplementedError(f"{self.name} trains by the loss of your own loop")
 
+    def scheduled(self, *, epochs: int, steps_per_epoch: int) -> Method:
+        """The method, told how long `unlearn` trains; most do not ask."""
+        return self
+
     def require_plain_training(self) -> None:
         """Raises ValueError for a method that a loop of your own cannot train."""
         if self.own_training:

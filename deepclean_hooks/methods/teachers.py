@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data import losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.model import no_trace
 
@@ -19,18 +19,18 @@ def frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def divergence(model: nn.Module, teacher: nn.Module, batch: Batch, temperature: float) -> Tensor:
-    """KL(teacher || model) of the softened outputs, the mean over the samples of a batch."""
+def softened(teacher: nn.Module, batch: Batch, temperature: float) -> Tensor:
+    """A teacher's log-probabilities at a temperature, (N, C), without gradient."""
     with torch.no_grad():
-        target, _ = losses.logits_and_labels(teacher, batch)  # (N, C)
-    logits, _ = losses.logits_and_labels(model, batch)  # (N, C)
-    total = F.kl_div(
-        F.log_softmax(logits / temperature, 1),
-        F.log_softmax(target / temperature, 1),
-        reduction="sum",
-        log_target=True,
-    )
-    return total / batches.size(batch)
+        logits, _ = losses.logits_and_labels(teacher, batch)
+        return F.log_softmax(logits / temperature, 1)
+
+
+def divergence(model: nn.Module, target: Tensor, batch: Batch, temperature: float) -> Tensor:
+    """KL(target || model) of each sample, (N,), for log-probabilities at a temperature (N, C)."""
+    logits, _ = losses.logits_and_labels(model, batch)
+    log_p = F.log_softmax(logits / temperature, 1)
+    return F.kl_div(log_p, target, reduction="none", log_target=True).sum(1)
 
 
 def fresh(

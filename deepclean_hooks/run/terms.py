@@ -47,7 +47,7 @@ def adding(
     draw from."""
     if at.term is None:
         return None
-    if forget is None:
+    if forget is None and at.term.draws:
         raise ValueError(
             f"{method.name} draws forget batches at every step, also in a resumed run; name the "
             "forget set, by watch(forget=...) in a session"

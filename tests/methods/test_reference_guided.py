@@ -37,7 +37,7 @@ def targets(method: deepclean.ReferenceGuided, model: nn.Module) -> dict[str, Te
     run = deepclean.Session(model, method, **OPTIONS).measure(FORGET, RETAIN)
     run.select()
     run.reset()
-    return run._term.state_dict()
+    return run._reset().term.state_dict()
 
 
 def test_ranks_are_paired_at_equal_quantiles_of_each_class() -> None:
@@ -71,7 +71,7 @@ def test_the_term_is_what_a_loop_by_hand_would_add(match: str) -> None:
         mine, forget=sets[0], retain=sets[1], method=method, **OPTIONS
     ) as run:
         train(mine, sets[1], steps)
-        of_sample = run._term.state_dict().get("of_sample")
+        of_sample = run._reset().term.state_dict().get("of_sample")
     held = original(sets[2].tensors[0]).softmax(1).detach()
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
     order = positions(13, 8, seed=3)

@@ -12,9 +12,7 @@ from deepclean_hooks.methods.method import Method
 class FineTune(Method):
     """Nothing is reset and everything may train, on the retain set, by your own loop.
 
-    As in DeepClean's tables with the recipe of `unlearn` (Adam 1e-3, cosine, 3 epochs). Others:
-    SGD 0.02, momentum 0.9, weight decay 5e-4, 5 epochs (Foster et al.'s code for SSD); SGD 0.01,
-    the same momentum and decay, batches of 256, 10 epochs (Jia et al.; Fan et al.).
+    As in DeepClean's tables with the recipe of `unlearn`; `PUBLISHED` has others.
     """
 
     name = "fine-tune"

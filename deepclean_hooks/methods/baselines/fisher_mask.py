@@ -22,9 +22,8 @@ class FisherMask(Method):
 
     Liu, Sun, Wu, Zhou: "Unlearning with Fisher Masking", 2023. The difference, not the ratio, of
     expected Fisher diagonals; in convolutions averaged over each kernel, so that kernels fall as a
-    whole; biases and norms are not reset. share 0.02, SGD 0.1, momentum 0.9, weight decay 1e-4 and
-    up to 30 epochs in their code, which squares means of batches of 128; here each sample's
-    gradient is.
+    whole; biases and norms are not reset. Their code squares means of batches of 128; here each
+    sample's gradient is squared.
     """
 
     classes: int

@@ -72,10 +72,14 @@ PUBLISHED: Mapping[str, Setting] = MappingProxyType(
         "deepclean/class, mnist": Setting(DeepClean(gamma=2.0), _PAPER, {"epochs": 1, "lr": 1e-3}),
         "deepclean/random, mnist": Setting(DeepClean(gamma=1.1), _PAPER, {"epochs": 1, "lr": 1e-3}),
         "fine-tune/deepclean": Setting(FineTune(), _TABLES, _RECIPE),
-        "bad teaching/deepclean": Setting(BadTeaching(), _TABLES, {"epochs": 10, "lr": 1e-3}),
-        "bad teaching/deepclean, mnist": Setting(BadTeaching(), _TABLES, {"epochs": 5, "lr": 1e-3}),
+        "bad teaching/deepclean": Setting(
+            BadTeaching(as_published=True), _TABLES, {"epochs": 10, "lr": 1e-3}
+        ),
+        "bad teaching/deepclean, mnist": Setting(
+            BadTeaching(as_published=True), _TABLES, {"epochs": 5, "lr": 1e-3}
+        ),
         "bad teaching": Setting(
-            BadTeaching(),
+            BadTeaching(as_published=True),
             "notebook of vikram2000b/bad-teaching-unlearning",
             _adam(1, 256, 1e-4),
             "their divergence is divided by the number of classes too",
@@ -96,13 +100,19 @@ PUBLISHED: Mapping[str, Setting] = MappingProxyType(
             _sgd(10, 256, 0.01),
             _STEPS,
         ),
-        "random label": Setting(RandomLabel(), _SALUN, _sgd(10, 256, 0.013), _STEPS),
-        "salun": Setting(SalUn(share=0.5), _SALUN, _sgd(10, 256, 0.013), _STEPS),
+        "random label": Setting(
+            RandomLabel(as_published=True), _SALUN, _sgd(10, 256, 0.013), _STEPS
+        ),
+        "salun": Setting(SalUn(share=0.5, as_published=True), _SALUN, _sgd(10, 256, 0.013), _STEPS),
         "amnesiac/ssd": Setting(
-            Amnesiac(), "code of SSD, lmgraves/AmnesiacML's relabelling", _adam(3, 128, 1e-4)
+            Amnesiac(as_published=True),
+            "code of SSD, lmgraves/AmnesiacML's relabelling",
+            _adam(3, 128, 1e-4),
         ),
         "amnesiac/bad teaching": Setting(
-            Amnesiac(), "code of vikram2000b/bad-teaching-unlearning", _adam(3, 256, 1e-4)
+            Amnesiac(as_published=True),
+            "code of vikram2000b/bad-teaching-unlearning",
+            _adam(3, 256, 1e-4),
         ),
         "ssd": Setting(
             SSD(alpha=10.0, dampening=1.0, estimator=BatchMean(batch_size=64, seed=0)),

@@ -1,9 +1,9 @@
-"""Training on the forget set with random labels, beside the retain set."""
+"""Training on the forget set with other labels, beside the retain set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,52 +12,141 @@ from torch import Tensor, nn
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.measure.estimator import SamplesOnly
-from deepclean_hooks.methods.method import Method
+from deepclean_hooks.methods.additive import Additive
 from deepclean_hooks.methods.selecting import Selection
-from deepclean_hooks.methods.training import Loader, Step, Training
+from deepclean_hooks.methods.settings import require_positive
+from deepclean_hooks.methods.term import Drawn, Original, Term
+from deepclean_hooks.methods.training import Loader, Step, Training, in_turn
 
 
 @dataclass(frozen=True)
-class RandomLabel(Method):
-    """An epoch is all forget batches with labels drawn anew, the true one included, then D_r.
+class RandomLabel(Additive):
+    """Adds `weight` times the cross-entropy of D_f with labels drawn anew at every step, the true
+    one included.
 
-    As in the code of Fan et al., "SalUn", for CIFAR-10; SGD 0.013, momentum 0.9, weight decay 5e-4,
-    batches of 256, 10 epochs there. Labels are drawn by `seed`; the loss is cross-entropy.
+    Equation 5 of Fan et al., "SalUn", ICLR 2024, without its mask. `weight` is |D_f| / |D_r| by
+    default: a sample of D_f then counts as much as one of D_r. `as_published`: an epoch is all
+    forget batches, then D_r, as in their code for CIFAR-10; only `unlearn` can train so.
     """
 
-    seed: int = 0
+    _: KW_ONLY
+    weight: float | None = None
+    as_published: bool = False
     name = "random label"
-    measured_by = SamplesOnly()
-    own_training = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a weight that is no positive number."""
+        super().__post_init__()
+        if self.weight is not None:
+            require_positive(weight=self.weight)
+
+    @property
+    def own_training(self) -> bool:
+        """Whether the published order was asked for."""
+        return self.as_published
+
+    def term(self) -> Term | None:
+        """Cross-entropy with random labels."""
+        return None if self.as_published else DrawnLabels(self.weight, self.seed)
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """Forget batches, then retain batches."""
-        return Drawn(loss_fn, self.seed)
+        return InTurn(loss_fn, self.seed)
 
 
 @dataclass(frozen=True)
-class Amnesiac(Method):
-    """D_f, each sample with one wrong label for good, and D_r, in mixed order.
+class Amnesiac(Additive):
+    """Adds `weight` times the cross-entropy of D_f, each sample with one wrong label for good.
 
     The relabelling of Graves, Nagisetty, Ganesh: "Amnesiac Machine Learning", AAAI 2021 (their
-    other proposal, to subtract stored updates, needs a log of the training), as the code of SSD and
-    of bad teaching runs it: Adam 1e-4, 3 epochs, batches of 128 and 256. A sample's wrong label is
-    drawn by its content and `seed`; the loss is cross-entropy.
+    other proposal, to subtract stored updates, needs a log of the training). A sample's wrong label
+    is drawn by its content and `seed`. `weight` is |D_f| / |D_r| by default: a sample of D_f then
+    counts as much as one of D_r. `as_published`: batches of either set in one random order, as the
+    code of SSD and of bad teaching has it; only `unlearn` can train so.
     """
 
-    seed: int = 0
+    _: KW_ONLY
+    weight: float | None = None
+    as_published: bool = False
     name = "amnesiac"
-    measured_by = SamplesOnly()
-    own_training = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a weight that is no positive number."""
+        super().__post_init__()
+        if self.weight is not None:
+            require_positive(weight=self.weight)
+
+    @property
+    def own_training(self) -> bool:
+        """Whether the published order was asked for."""
+        return self.as_published
+
+    def term(self) -> Term | None:
+        """Cross-entropy with wrong labels."""
+        return None if self.as_published else _WrongLabels(self.weight, self.seed)
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """Forget and retain batches in one random order."""
-        return _Wrong(loss_fn, self.seed)
+        return _Mixed(loss_fn, self.seed)
 
 
-class _Relabelled(Training):
-    """Steps of one batch each, of either set; forget batches get other labels."""
+class _Relabelled(Term):
+    """The weighted cross-entropy of forget batches with other labels."""
+
+    def __init__(self, weight: float | None, seed: int) -> None:
+        self._weight, self.seed = weight, seed
+
+    def prepare(self, original: Original) -> None:
+        """Weighs the term by the sizes of the sets, if no weight was given."""
+        if self._weight is None:
+            self._weight = original.forget_count / original.retain_count
+
+    def losses(self, model: nn.Module, loss_fn: LossFn, drawn: Drawn) -> Tensor:
+        """The weighted cross-entropy of each sample."""
+        assert self._weight is not None  # prepare() or a stored run set it
+        logits, labels = losses.logits_and_labels(model, drawn.batch)
+        others = self.labels(drawn, labels, logits.shape[1])
+        return self._weight * F.cross_entropy(logits, others, reduction="none")
+
+    def labels(self, drawn: Drawn, labels: Tensor, classes: int) -> Tensor:
+        """What the labels (N,) of a forget batch become."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weight."""
+        return {"weight": torch.tensor(self._weight, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The stored run's weight."""
+        self._weight = float(state["weight"])
+
+
+class DrawnLabels(_Relabelled):
+    """Labels drawn uniformly, by the seed and the step."""
+
+    def labels(self, drawn: Drawn, labels: Tensor, classes: int) -> Tensor:
+        """The same on any number of ranks: drawn for the whole batch."""
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + drawn.step)
+        whole = torch.randint(classes, drawn.whole.shape, generator=random)  # (B,)
+        return whole[drawn.mine].to(labels.device)
+
+
+class _WrongLabels(_Relabelled):
+    def labels(self, drawn: Drawn, labels: Tensor, classes: int) -> Tensor:
+        """Never the true one, and the same at every step."""
+        return wrong_labels(drawn.batch, labels, classes, self.seed)
+
+
+def wrong_labels(batch: Batch, labels: Tensor, classes: int, seed: int) -> Tensor:
+    """For each sample a label that is not its own, (N,), drawn by its content and the seed."""
+    if classes < 2:
+        raise ValueError(f"a wrong label needs two classes at least, the model has {classes}")
+    shifts = [1 + (i + 0x9E3779B9 * seed) % (classes - 1) for i in batches.sample_ids(batch)]
+    return (labels + torch.tensor(shifts, device=labels.device)) % classes
+
+
+class InTurn(Training):
+    """Steps of one batch each, forget batches with random labels first, then retain batches."""
 
     def __init__(self, loss_fn: LossFn, seed: int) -> None:
         super().__init__(loss_fn)
@@ -68,49 +157,30 @@ class _Relabelled(Training):
         """Every batch is a step."""
         return len(forget) + len(retain)
 
+    def steps(self, forget: Loader, retain: Loader, epoch: int) -> Iterator[Step]:
+        """The forget set first."""
+        return in_turn(forget, retain, epoch)
+
     def objective(self, model: nn.Module, step: Step) -> Tensor:
         """The mean loss of a retain batch, cross-entropy with other labels of a forget batch."""
-        if step.forget is None:
-            return self.mean_loss(model, step.retain)
-        logits, labels = losses.logits_and_labels(model, step.forget)
-        return F.cross_entropy(logits, self.labels(step.forget, labels, logits.shape[1]))
-
-    def labels(self, batch: Batch, labels: Tensor, classes: int) -> Tensor:
-        """What the labels (N,) of a forget batch become."""
-        raise NotImplementedError
-
-
-class Drawn(_Relabelled):
-    """Forget batches with labels drawn anew, then retain batches."""
-
-    def pairs(
-        self, forget: Loader, retain: Loader, epoch: int
-    ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """The forget set first."""
-        for batch in forget:
-            yield batch, None
-        for batch in retain:
-            yield None, batch
+        if not step.of_forget:
+            return self.mean_loss(model, step.batch)
+        logits, labels = losses.logits_and_labels(model, step.batch)
+        return F.cross_entropy(logits, self.labels(step.batch, labels, logits.shape[1]))
 
     def labels(self, batch: Batch, labels: Tensor, classes: int) -> Tensor:
         """Drawn uniformly."""
         return torch.randint(classes, labels.shape, generator=self.random).to(labels.device)
 
 
-class _Wrong(_Relabelled):
-    def pairs(
-        self, forget: Loader, retain: Loader, epoch: int
-    ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """Batches of both sets, shuffled."""
-        mixed = [True] * len(forget) + [False] * len(retain)
+class _Mixed(InTurn):
+    def steps(self, forget: Loader, retain: Loader, epoch: int) -> Iterator[Step]:
+        """Batches of either set, shuffled."""
         gone, kept = iter(forget), iter(retain)
-        for at in torch.randperm(len(mixed), generator=self.random).tolist():
-            yield (next(gone), None) if mixed[at] else (None, next(kept))
+        order = torch.randperm(self.length(forget, retain), generator=self.random)
+        for of_forget in (order < len(forget)).tolist():
+            yield Step(next(gone if of_forget else kept), of_forget, epoch)
 
     def labels(self, batch: Batch, labels: Tensor, classes: int) -> Tensor:
         """Never the true one, and the same in every epoch."""
-        if classes < 2:
-            raise ValueError(f"a wrong label needs two classes at least, the model has {classes}")
-        ids = batches.sample_ids(batch)
-        shift = [1 + (one + 0x9E3779B9 * self.seed) % (classes - 1) for one in ids]
-        return (labels + torch.tensor(shift, device=labels.device)) % classes
+        return wrong_labels(batch, labels, classes, self.seed)

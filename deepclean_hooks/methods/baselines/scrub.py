@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.measure.estimator import SamplesOnly
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.selecting import Selection
 from deepclean_hooks.methods.settings import require_positive
-from deepclean_hooks.methods.teachers import divergence, frozen
-from deepclean_hooks.methods.training import Loader, Step, Training
+from deepclean_hooks.methods.teachers import divergence, frozen, softened
+from deepclean_hooks.methods.training import Loader, Step, Training, in_turn
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,9 @@ class SCRUB(Method):
     epoch minimises gamma loss + alpha KL(original || model) on D_r.
 
     Kurmanji, Triantafillou, Hayes, Triantafillou: "Towards Unbounded Machine Unlearning", NeurIPS
-    2023, algorithm 1. KL is of outputs softened by `temperature` T, times T^2. gamma 0.99, alpha
-    0.001, T 4, 2 forget epochs (3 for some tasks), SGD 5e-4, weight decay 5e-4, divided by 10
-    after 3, 5 and 9 epochs, 5 to 10 epochs in their code. Rewinding to an earlier checkpoint is
-    not done.
+    2023, algorithm 1. KL is of outputs softened by `temperature` T, times T^2. The defaults are
+    their code's (3 forget epochs for some tasks). Rewinding to an earlier checkpoint is not done.
+    The two halves alternate, so that only `unlearn` can train so.
     """
 
     alpha: float = 0.001
@@ -58,20 +56,15 @@ class _Alternating(Training):
         """Of an epoch with forget batches, the longest."""
         return len(forget) + len(retain)
 
-    def pairs(
-        self, forget: Loader, retain: Loader, epoch: int
-    ) -> Iterator[tuple[Batch | None, Batch | None]]:
+    def steps(self, forget: Loader, retain: Loader, epoch: int) -> Iterator[Step]:
         """Forget batches in the first epochs, then retain batches."""
-        for batch in forget if epoch < self.method.forget_epochs else ():
-            yield batch, None
-        for batch in retain:
-            yield None, batch
+        return in_turn(forget if epoch < self.method.forget_epochs else (), retain, epoch)
 
     def objective(self, model: nn.Module, step: Step) -> Tensor:
         """Minus the divergence of a forget batch; loss and divergence of a retain batch."""
-        method = self.method
-        batch = step.retain if step.forget is None else step.forget
-        away = divergence(model, self.teacher, batch, method.temperature) * method.temperature**2
-        if step.forget is not None:
+        method, temperature = self.method, self.method.temperature
+        target = softened(self.teacher, step.batch, temperature)
+        away = divergence(model, target, step.batch, temperature).mean() * temperature**2
+        if step.of_forget:
             return -away
-        return method.gamma * self.mean_loss(model, batch) + method.alpha * away
+        return method.gamma * self.mean_loss(model, step.batch) + method.alpha * away

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.measure.batch_mean import MeanGradient
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.selecting import Mask, Selection, largest
 from deepclean_hooks.methods.settings import require_shares
-from deepclean_hooks.methods.training import RetainOnly, Training
+from deepclean_hooks.methods.term import Original, Term
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,9 @@ class MSG(Method):
     `slow` of their gradient, everything else as usual.
 
     "Masked small gradients", an entry of the NeurIPS 2023 unlearning challenge, in Cadet,
-    Borovykh, Malekzadeh, Ahmadi-Abhari, Haddadi: "Deep Unlearn", 2024. share 0.3, slow 0.1, SGD
-    1e-3, momentum 0.9, weight decay 5e-4, batches of 64, 5 epochs there, the learning rate raised
-    over half of them and lowered after. Their g is of |D_f| random retain samples; here it is of
-    all. Adam undoes a scaled gradient: use `optimizer=partial(torch.optim.SGD, ...)`.
+    Borovykh, Malekzadeh, Ahmadi-Abhari, Haddadi: "Deep Unlearn", 2024, with their share and slow.
+    Their g is of |D_f| random retain samples; here it is of all. Adam undoes a scaled gradient: use
+    SGD.
     """
 
     share: float = 0.3
@@ -36,7 +34,6 @@ class MSG(Method):
     name = "msg"
     effect = "drawn anew"
     measured_by = MeanGradient()
-    own_training = True
 
     def __post_init__(self) -> None:
         """Raises ValueError unless share is above 0 and at most 1, and slow is 0 to 1."""
@@ -74,18 +71,35 @@ class MSG(Method):
                 values[name] = drawn.to(mask.device)
         return values
 
-    def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
-        """The plain loss, slowly for the convolution weights that were kept."""
-        return _Slowed(loss_fn, selection.masks, self.slow)
+    def term(self) -> Term:
+        """Your loss, slowly for the convolution weights that were kept."""
+        return _Slowed(self.slow)
 
 
-class _Slowed(RetainOnly):
-    def __init__(self, loss_fn: LossFn, masks: Mask, slow: float) -> None:
-        super().__init__(loss_fn)
-        self.masks, self.slow = masks, slow
+class _Slowed(Term):
+    draws = False
 
-    def adjust(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, slow: float) -> None:
+        self._slow = slow
+        self._drawn_anew: dict[str, Tensor] = {}
+
+    def prepare(self, original: Original) -> None:
+        """The masks of the convolution weights."""
+        self.load_state_dict({n: m for n, m in original.selection.masks.items() if m.dim() == 4})
+
+    def adjust(self, stepped: Mapping[str, Tensor], step: int) -> None:
         """Scales the gradients of kept convolution weights."""
-        for name, p in parameters.items():
-            if p.grad is not None and p.dim() == 4 and name in self.masks:
-                p.grad.mul_(torch.where(self.masks[name], 1.0, self.slow))
+        for name, mask in self._drawn_anew.items():
+            tensor = stepped.get(name)
+            if tensor is not None and tensor.grad is not None:
+                # The free entries of compact(), all of them, are a line.
+                anew = mask.to(tensor.device).view(tensor.shape)
+                tensor.grad.mul_(torch.where(anew, 1.0, self._slow))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The masks."""
+        return dict(self._drawn_anew)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The masks of the stored run."""
+        self._drawn_anew = dict(state)

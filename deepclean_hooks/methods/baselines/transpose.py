@@ -18,8 +18,7 @@ class CT(Method):
     """The two spatial axes of every square kernel (4-D weights) change places; then D_r is trained.
 
     "Convolution transpose", an entry of the NeurIPS 2023 unlearning challenge, in Cadet et al.,
-    "Deep Unlearn", 2024: SGD 1e-3, momentum 0.9, weight decay 5e-4, cosine, 3 epochs. Nothing is
-    measured, so a model without such kernels is refused.
+    "Deep Unlearn", 2024. A model without such kernels is refused.
     """
 
     name = "ct"

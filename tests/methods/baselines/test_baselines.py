@@ -7,39 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.data.losses import cross_entropy
-from deepclean_hooks.measure.batch_mean import BatchMean, OutputMagnitude
-from deepclean_hooks.methods.class_projection import ClassProjection
 from deepclean_hooks.methods.teachers import fresh
+from deepclean_hooks.methods.term import Drawn, Term
 from deepclean_hooks.methods.training import Step
 from deepclean_hooks.stored.bits import differing
 from deepclean_hooks.testing import CHECKS, network, sets
+from lab.methods import METHODS
 
-METHODS = {
-    "DeepClean": deepclean.DeepClean(gamma=1.1),
-    "DeepClean, all parameters": deepclean.DeepClean(gamma=1.1, one_dimensional=True),
-    "SSD": deepclean.SSD(alpha=1.5),
-    "SSD, batch means": deepclean.SSD(alpha=1.2, estimator=BatchMean(8)),
-    "SSD, fine-tuned": deepclean.SSD(alpha=1.5, fine_tune=True),
-    "LFSSD": deepclean.LFSSD(alpha=1.1, estimator=OutputMagnitude(1)),
-    "ASSD": deepclean.ASSD(),
-    "ClassProjection": ClassProjection(),
-    "FineTune": deepclean.FineTune(),
-    "Retrain": deepclean.Retrain(),
-    "L1Sparse": deepclean.L1Sparse(),
-    "NegGradPlus": deepclean.NegGradPlus(),
-    "RandomLabel": deepclean.RandomLabel(),
-    "Amnesiac": deepclean.Amnesiac(),
-    "SalUn": deepclean.SalUn(),
-    "MSG": deepclean.MSG(),
-    "CT": deepclean.CT(),
-    "BadTeaching": deepclean.BadTeaching(),
-    "SCRUB": deepclean.SCRUB(),
-    "FisherForgetting": deepclean.FisherForgetting(classes=4),
-    "FisherMask": deepclean.FisherMask(classes=4, share=0.1),
-}
 # A reset of parameters that BatchNorm precedes leaves dead entries now and then.
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the reset entries are dead:UserWarning")
 
@@ -87,73 +65,98 @@ def test_retrain_names_what_it_cannot_reset() -> None:
         fresh(Raw(), seed=0, build=lambda: nn.Linear(3, 3))
 
 
-def losses_of(method: deepclean.Method, step: Step) -> float:
-    """The method's objective for one step of the checks' network in eval mode."""
-    model = network().eval()
-    run = deepclean.Session(model, method, scores=False).measure(*sets())
+def drawn(data: TensorDataset, step: int = 0) -> Drawn:
+    """A forget batch of a whole set."""
+    every = torch.arange(len(data))
+    return Drawn(data.tensors, every, every, step)
+
+
+def term_of(method: deepclean.Method) -> Term:
+    """A run's term, prepared from the checks' network."""
+    run = deepclean.Session(network(), method, scores=False).measure(*sets())
     run.select()
-    return method.training(model, run.selection, cross_entropy).objective(model, step).item()
+    run.reset()
+    return run._reset().term
 
 
-def loss(data: object) -> float:
+def loss(model: nn.Module, data: TensorDataset) -> Tensor:
     """The plain mean loss."""
     x, y = data.tensors
-    return F.cross_entropy(network().eval()(x), y).item()
+    return F.cross_entropy(model.eval()(x), y)
 
 
 @pytest.mark.parametrize(("epoch", "share"), [(0, 1.0), (1, 0.75), (3, 0.25), (4, 0.0)])
 def test_l1_weight_decays_linearly(epoch: int, share: float) -> None:
     """Fails if the penalty leaves parameters out, does not decay, or stays in the last epochs."""
-    _, retain = sets()
-    method = deepclean.L1Sparse(weight=0.01, epochs_without=1)
-    found = losses_of(method, Step(None, retain.tensors, epoch, 5))
-    length = sum(p.abs().sum().item() for p in network().parameters())
-    assert found == pytest.approx(loss(retain) + 0.01 * share * length, rel=1e-5)
+    method = deepclean.L1Sparse(weight=0.01, epochs_without=1, epochs=5, steps_per_epoch=3)
+    model, reference = network(), network()
+    length = torch.stack([p.abs().sum() for p in reference.parameters()]).sum()
+    (loss(reference, sets()[1]) + 0.01 * share * length).backward()
+    loss(model, sets()[1]).backward()
+    named = dict(model.named_parameters())
+    for step in (3 * epoch, 3 * epoch + 2):
+        held = {name: p.grad.clone() for name, p in named.items()}
+        method.term().adjust(named, step)
+        for name, p in named.items():
+            torch.testing.assert_close(p.grad, reference.get_parameter(name).grad)
+            p.grad = held[name]
+
+
+def test_l1_asks_a_loop_how_long_it_trains() -> None:
+    """Fails if the weight stays where it is, or falls at once, because the length is unknown, or
+    `unlearn` asks for what it knows."""
+    with pytest.raises(ValueError, match=r"pass L1Sparse\(epochs=..., steps_per_epoch=...\)"):
+        deepclean.L1Sparse().require_plain_training()
+    report = unlearned(deepclean.L1Sparse(), network())
+    assert (report.settings["epochs"], report.settings["steps_per_epoch"]) == (2, 3)
 
 
 def test_neggrad_is_a_weighted_difference_and_clipped() -> None:
     """Fails if the forget term has the wrong sign or weight, or gradients are not clipped."""
     forget, retain = sets()
-    method = deepclean.NegGradPlus(retain_weight=0.7, clip=0.01)
-    found = losses_of(method, Step(forget.tensors, retain.tensors, 0, 1))
-    assert found == pytest.approx(0.7 * loss(retain) - 0.3 * loss(forget), rel=1e-5)
-    model = network()
-    training = method.training(model, None, cross_entropy)
-    training.objective(model, Step(forget.tensors, retain.tensors, 0, 1)).backward()
-    training.adjust(dict(model.named_parameters()))
+    model = network().eval()
+    term = term_of(deepclean.NegGradPlus(retain_weight=0.7, clip=0.01))
+    added = term.losses(model, cross_entropy, drawn(forget)).mean()
+    assert added.item() == pytest.approx(-0.3 * loss(model, forget).item(), rel=1e-5)
+    assert term.of_yours == 0.7
+    (term.of_yours * loss(model, retain) + added).backward()
+    term.adjust(dict(model.named_parameters()), 0)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_relabelling() -> None:
-    """Fails if Amnesiac's labels are ever true or change, or RandomLabel's are not drawn anew."""
+@pytest.mark.parametrize("name", ["RandomLabel", "SalUn", "Amnesiac"])
+def test_relabelling(name: str) -> None:
+    """Fails if Amnesiac's labels are ever true or change, RandomLabel's are not drawn anew at each
+    step, or a sample of D_f does not count as much as one of D_r."""
     forget, _ = sets()
-    y = forget.tensors[1]
-    names = ("Amnesiac", "RandomLabel")
-    make = {name: METHODS[name].training(network(), None, cross_entropy) for name in names}
-    wrong = [make["Amnesiac"].labels(forget.tensors, y, 4) for _ in range(2)]
-    assert torch.equal(*wrong)
-    assert not (wrong[0] == y).any()
-    assert len(set(wrong[0].tolist())) > 1
-    drawn = [make["RandomLabel"].labels(forget.tensors, y, 4) for _ in range(2)]
-    assert not torch.equal(*drawn)
+    y, term = forget.tensors[1], term_of(METHODS[name])
+    labels = [term.labels(drawn(forget, step), y, 4) for step in range(2)]
+    assert torch.equal(*labels) == (name == "Amnesiac")
+    assert (labels[0] == y).any() == (name != "Amnesiac")
+    assert len(set(labels[0].tolist())) > 1
+    model = network().eval()
+    expected = F.cross_entropy(model(forget.tensors[0]), labels[0], reduction="none") * 10 / 30
+    torch.testing.assert_close(term.losses(model, cross_entropy, drawn(forget)), expected)
 
 
 def order(method: deepclean.Method) -> str:
     """The sets of an epoch's steps: f or r each."""
     training = method.training(network(), None, cross_entropy)
-    pairs = list(training.pairs(["f"] * 3, ["r"] * 9, 0))
-    assert len(pairs) == training.length(["f"] * 3, ["r"] * 9)
-    assert all((gone is None) != (kept is None) for gone, kept in pairs)
-    return "".join(gone or kept for gone, kept in pairs)
+    forget, retain = (DataLoader(data, batch_size=4) for data in sets())
+    steps = list(training.steps(forget, retain, 0))
+    assert len(steps) == training.length(forget, retain)
+    assert sum(len(step.batch[1]) for step in steps) == 40
+    return "".join("f" if step.of_forget else "r" for step in steps)
 
 
-def test_order_of_relabelled_batches() -> None:
+def test_published_order_of_relabelled_batches() -> None:
     """Fails if RandomLabel mixes, Amnesiac does not, or a batch is left out."""
-    assert order(deepclean.RandomLabel()) == "fff" + "r" * 9
-    mixed = order(deepclean.Amnesiac())
-    assert sorted(mixed) == sorted("fff" + "r" * 9)
-    assert mixed != "fff" + "r" * 9
+    assert order(deepclean.RandomLabel(as_published=True)) == "fff" + "r" * 8
+    assert order(deepclean.SalUn(as_published=True)) == "fff" + "r" * 8
+    mixed = order(deepclean.Amnesiac(as_published=True))
+    assert sorted(mixed) == sorted("fff" + "r" * 8)
+    assert mixed != "fff" + "r" * 8
 
 
 def test_salun_trains_the_salient_share_and_resets_nothing() -> None:
@@ -193,10 +196,9 @@ def test_msg_draws_the_smallest_gradients_anew_and_slows_the_rest() -> None:
     )
     g = (retain - forget).abs()
     assert g[mask].max() <= 1.001 * g[~mask].min()
-    training = method.training(model, run.selection, cross_entropy)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    training.adjust(dict(model.named_parameters()))
+    run._reset().term.adjust(dict(model.named_parameters()), 0)
     assert (model.conv.weight.grad[mask] == 1).all()
     assert torch.allclose(model.conv.weight.grad[~mask], torch.tensor(0.1))
     assert (model.head.weight.grad == 1).all()
@@ -266,51 +268,72 @@ def softened(net: nn.Module, x: Tensor, temperature: float) -> Tensor:
     return (net.eval()(x) / temperature).softmax(1)
 
 
-def test_bad_teaching_has_the_teacher_of_each_set() -> None:
-    """Fails if the teachers are exchanged, KL is turned round, or divided by the classes."""
-    forget, retain = sets()
-    method = deepclean.BadTeaching(temperature=2.0, seed=7)
+def kl(teacher: nn.Module, model: nn.Module, x: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || model) of each sample, by its definition."""
+    p, q = softened(teacher, x, temperature), softened(model, x, temperature)
+    return (p * (p.log() - q.log())).sum(1)
+
+
+def moved() -> nn.Module:
+    """The checks' network, somewhat trained."""
     model = network().eval()
-    training = method.training(model, None, cross_entropy)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.3)
-    teachers = {"forget": fresh(network(), seed=7), "retain": network()}
-    for name, data in (("forget", forget), ("retain", retain)):
-        x = data.tensors[0]
-        p, q = softened(teachers[name], x, 2.0), softened(model, x, 2.0)
-        expected = (p * (p.log() - q.log())).sum(1).mean().item()
-        step = Step(**{"forget": None, "retain": None, name: data.tensors}, epoch=0, epochs=1)
-        assert training.objective(model, step).item() == pytest.approx(expected, rel=1e-4)
-    pairs = list(training.pairs(["f"] * 4, ["r"] * 10, 0))
-    assert sorted(gone or kept for gone, kept in pairs) == ["f"] * 4 + ["r"] * 3
-    assert len(pairs) == training.length(["f"] * 4, ["r"] * 10)
+    return model
+
+
+def test_bad_teaching_has_the_teacher_of_each_set() -> None:
+    """Fails if the teachers are exchanged, KL is turned round, or divided by the classes, or the
+    sets come in batches of their own as they are published."""
+    forget, retain = sets()
+    method = deepclean.BadTeaching(temperature=2.0, seed=7, as_published=True)
+    training = method.training(network(), None, cross_entropy)
+    loaders = (DataLoader(data, batch_size=8) for data in (forget, retain))
+    steps = list(training.steps(*loaders, 0))
+    assert torch.cat([step.of_forget for step in steps]).sum() == 10
+    assert [len(step.of_forget) for step in steps] == [8, 8, 3]  # 10 and 30 % of 30
+    assert any(0 < step.of_forget.sum() < len(step.of_forget) for step in steps)
+    for step in steps:
+        x, y = step.batch
+        assert torch.equal(step.of_forget, y == 0)
+        bad = kl(fresh(network(), seed=7), moved(), x, 2.0)
+        good = kl(network(), moved(), x, 2.0)
+        expected = torch.where(y == 0, bad, good).mean()
+        torch.testing.assert_close(training.objective(moved(), step), expected)
+
+
+def test_bad_teaching_adds_its_half_on_the_forget_set() -> None:
+    """Fails if the half that a loop adds has another teacher, or one that learns with the model;
+    also after a resume, where the teacher is made again."""
+    forget, _ = sets()
+    method = deepclean.BadTeaching(temperature=2.0, seed=7, weight=0.5)
+    expected = 0.5 * kl(fresh(network(), seed=7), moved(), forget.tensors[0], 2.0)
+    for term in (term_of(method), method.term()):
+        found = term.losses(moved(), cross_entropy, drawn(forget))
+        torch.testing.assert_close(found, expected)
 
 
 def test_scrub_goes_away_first_and_back_after() -> None:
     """Fails if the forget sign, T^2, the weights or the epochs with forget batches are wrong."""
     forget, retain = sets()
     method = deepclean.SCRUB(alpha=0.5, gamma=0.9, temperature=4.0, forget_epochs=2)
-    model = network().eval()
-    training = method.training(model, None, cross_entropy)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(1.3)
+    training = method.training(network(), None, cross_entropy)
 
     def away(x: Tensor) -> float:
-        p, q = softened(network(), x, 4.0), softened(model, x, 4.0)
-        return 16 * (p * (p.log() - q.log())).sum(1).mean().item()
+        return 16 * kl(network(), moved(), x, 4.0).mean().item()
 
-    gone = training.objective(model, Step(forget.tensors, None, 0, 3)).item()
+    gone = training.objective(moved(), Step(forget.tensors, True, 0)).item()
     assert gone == pytest.approx(-away(forget.tensors[0]), rel=1e-4)
-    kept = training.objective(model, Step(None, retain.tensors, 0, 3)).item()
-    plain = F.cross_entropy(model(retain.tensors[0]), retain.tensors[1]).item()
+    kept = training.objective(moved(), Step(retain.tensors, False, 0)).item()
+    plain = loss(moved(), retain).item()
     assert kept == pytest.approx(0.9 * plain + 0.5 * away(retain.tensors[0]), rel=1e-4)
+    loaders = [DataLoader(data, batch_size=10) for data in sets()]
     orders = [
-        "".join(a or b for a, b in training.pairs(["f"] * 2, ["r"] * 3, epoch))
+        "".join("f" if step.of_forget else "r" for step in training.steps(*loaders, epoch))
         for epoch in range(3)
     ]
-    assert orders == ["ffrrr", "ffrrr", "rrr"]
+    assert orders == ["frrr", "frrr", "rrr"]
 
 
 def test_ct_transposes_kernels() -> None:
