@@ -201,7 +201,12 @@ class Session:
                 self.method.write(model, at.selection, values)
                 no_trace.drop_caches(model)
                 now = self._parameters()
-                frozen = masks.frozen_digest(now, at.free, self.report.checkpoint_before)
+                unwritten = {
+                    name: digest
+                    for name, digest in (self.report.checkpoint_before or {}).items()
+                    if name not in at.selection.masks
+                }
+                frozen = masks.frozen_digest(now, at.free, unwritten)
                 originals = Originals(old, now)
                 changed = shards.counted(originals.counts(), now)
             if self.report.selected_entries:
