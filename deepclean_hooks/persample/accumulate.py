@@ -72,6 +72,18 @@ class Sums:
         for name in {*self.scratch, *self._products}:
             self._flush(name)
 
+    def any(self, name: str) -> bool:
+        """Whether a sum has an entry that is not 0."""
+        kept = [sums[name] for sums in (self._totals, self.scratch) if name in sums]
+        products = self._products.get(name, [])
+        return any(bool(t.any()) for t in kept) or any(
+            bool(p.left.any() and p.right.any()) for p in products
+        )
+
+    def added(self) -> list[str]:
+        """The names to which something was added."""
+        return list(dict.fromkeys((*self._totals, *self.scratch, *self._products)))
+
     def take(self, name: str) -> Tensor:
         """One sum, which is no longer kept here afterwards."""
         self._flush(name)

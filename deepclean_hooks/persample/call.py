@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from deepclean_hooks.persample.layout import Layout
+from deepclean_hooks.persample.layout import Place
 from deepclean_hooks.persample.rule import FusedRule, Rule
 
 NEITHER, DATA, PARAMETER, BOTH = 0, 1, 2, 3
@@ -44,6 +44,11 @@ def kind(value: object) -> int:
     return found
 
 
+def notes(tensor: Tensor) -> dict[str, Any]:
+    """What was noted of an activation, for an alias of it."""
+    return {name: value for name, value in vars(tensor).items() if name.startswith("_deepclean_")}
+
+
 def flatten(value: object) -> list[Tensor]:
     """Every tensor in nested lists, tuples and mappings, in order."""
     if isinstance(value, Tensor):
@@ -61,7 +66,7 @@ class Forward(ABC):
     n: int
 
     @abstractmethod
-    def layout(self, x: Tensor) -> Layout:
+    def layout(self, x: Tensor) -> Place:
         """Where the samples lie in `x`; raises Unserved if that is not known."""
 
     @abstractmethod
@@ -127,17 +132,23 @@ class Call:
         return cut
 
     @classmethod
-    def _replace(cls, value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    def _replace(cls, value: Any, change: Callable[[Tensor], Tensor], side: int = PARAMETER) -> Any:
         if isinstance(value, Tensor):
-            return change(value) if kind(value) == PARAMETER else value
+            return change(value) if kind(value) == side else value
         if isinstance(value, list | tuple):
-            return type(value)(cls._replace(item, change) for item in value)
+            return type(value)(cls._replace(item, change, side) for item in value)
         return value
 
     def with_parameters(self, change: Callable[[Tensor], Tensor]) -> Any:
         """Calls the function with each parameter-side operand replaced."""
         args = self._replace(list(self.args), change)
         kwargs = {key: self._replace(value, change) for key, value in self.kwargs.items()}
+        return self.func(*args, **kwargs)
+
+    def with_data(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """Calls the function with each data operand replaced."""
+        args = self._replace(list(self.args), change, DATA)
+        kwargs = {key: self._replace(value, change, DATA) for key, value in self.kwargs.items()}
         return self.func(*args, **kwargs)
 
     @classmethod

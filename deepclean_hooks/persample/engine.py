@@ -8,7 +8,7 @@ summed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import probe
 from deepclean_hooks.persample.accumulate import Sums
-from deepclean_hooks.persample.forwards import ModelChanged, ServedPass, Use
+from deepclean_hooks.persample.forwards import ModelChanged, ServedPass, SharedRows, Use
 from deepclean_hooks.persample.intercept import Interception
+from deepclean_hooks.persample.owners import OWNED_SAMPLES, Owners, Unowned, weights
 from deepclean_hooks.persample.plan import Plan
 from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Planner, Plans
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
@@ -76,16 +77,15 @@ class SquaredGradients(Planner):
         plan = self.plan_for(batch)
         left = batches.size(batch) if counted is None else counted
         self.count += left
-        for piece in batches.split(batch, self._most(plan)):
-            size = batches.size(piece)
-            self._add(piece, min(left, size), plan, self._sums)
-            left = max(0, left - size)
+        for piece, part in _pieces(batch, left, self._most(plan)):
+            self._add(piece, part, plan, self._sums)
         if self._sums.end_batch():
             self.require_finite()
 
     def _most(self, plan: Plan) -> int:
         """How many samples a piece of a batch may have."""
-        return max(1, self.memory_budget // max(1, plan.bytes_per_sample))
+        most = max(1, self.memory_budget // max(1, plan.bytes_per_sample))
+        return min(most, OWNED_SAMPLES) if plan.owned else most
 
     def totals(self) -> dict[str, Tensor]:
         """The sums of squares by name, in the accumulation's dtype."""
@@ -122,11 +122,17 @@ class SquaredGradients(Planner):
         if len(plan.loop) < len(self.parameters):
             try:
                 self._backward(padded, counted, plan, sums)
+            except _InPieces:
+                for piece, part in _pieces(batch, counted, OWNED_SAMPLES):
+                    self._add(piece, part, plan, sums, loops)
+                return
             except ModelChanged as reason:
                 if not loops:
-                    raise RuntimeError(str(reason)) from reason
+                    raise
                 looped = self.parameters
                 self.notes.update(dict.fromkeys(self.parameters, f"in some batches: {reason}"))
+        if loops and plan.unverified and looped is not self.parameters:
+            self._verify(batch, counted, plan, sums)
         if looped:
             self._loop(batch, counted, looped, sums)
 
@@ -148,6 +154,43 @@ class SquaredGradients(Planner):
     def _backward(self, batch: Batch, counted: int, plan: Plan, sums: Sums) -> None:
         forward, loss = self._forward(batch, plan)
         self._require_same_operands(forward, plan)
+        if not self._weighed(forward, loss, counted, plan):
+            self._squared(forward, loss, counted, plan, sums)
+            return
+        # A row of several samples shows in the middle: what was summed by then must not count.
+        apart = self._new_sums(loss.dtype)
+        self._squared(forward, loss, counted, plan, apart)
+        for name in apart.added():
+            sums.add(name, apart.take(name))
+
+    def _weighed(self, forward: ServedPass, loss: Tensor, counted: int, plan: Plan) -> bool:
+        """Runs the backward of the weighed loss where it takes that to tell the samples apart."""
+        planned = {index for index, _ in plan.fast | plan.pulled}
+        owned = {
+            use.index: use.rule.layout
+            for use in forward.uses
+            if isinstance(use.rule.layout, Owners) and use.index in planned
+        }
+        if not owned:
+            return False
+        plan.owned = True
+        if forward.n > OWNED_SAMPLES:
+            raise _InPieces
+
+        @torch.no_grad()
+        def note(use: Use, grad: Tensor) -> None:
+            if use.index in owned:
+                owned[use.index].weigh(grad, use.rule.lead(grad))
+
+        forward.receive = note
+        total = (loss * weights(forward.n, loss))[:counted].sum()
+        if total.requires_grad:
+            torch.autograd.grad(total, self._anchor, allow_unused=True, retain_graph=True)
+        return True
+
+    def _squared(
+        self, forward: ServedPass, loss: Tensor, counted: int, plan: Plan, sums: Sums
+    ) -> None:
         later: list[
             tuple[Tensor, Tensor]
         ] = []  # (operand, its squares), to go back through a selection
@@ -158,10 +201,15 @@ class SquaredGradients(Planner):
             rule = use.rule
             fast = [name for name in rule.operands if (use.index, name) in plan.fast]
             slow = [name for name in rule.operands if (use.index, name) in plan.pulled]
+            if isinstance(rule.layout, Owners) and (fast or slow):
+                try:
+                    rule.layout.settle(grad, rule.lead(grad))
+                except Unowned as reason:
+                    raise SharedRows(use.index) from reason
             direct = {k: self._names.get(id(rule.operands[k])) for k in fast}
             into = {k: sums.scratch[n] for k, n in direct.items() if n in sums.scratch}
-            found = self._squares(rule, grad.detach(), fast, into) if fast else {}
-            for name, squares in found.items():
+            squared = self._squares(rule, grad.detach(), fast, into) if fast else {}
+            for name, squares in squared.items():
                 operand, parameter = rule.operands[name], direct[name]
                 if parameter is not None:
                     sums.add(parameter, squares)
@@ -206,3 +254,16 @@ class SquaredGradients(Planner):
         wanted = {n: self.parameters[n] for n in plan.pulled_parameters}
         for name, each in per_sample_through(pulled, wanted, self._names, n).items():
             sums.add(name, each.square().sum(0))
+
+
+class _InPieces(Exception):
+    """The batch has more samples than a weighed backward tells apart."""
+
+
+def _pieces(batch: Batch, counted: int, most: int) -> Iterator[tuple[Batch, int]]:
+    """The batch in pieces of at most `most` samples, each with how many of its first samples
+    count."""
+    for piece in batches.split(batch, most):
+        size = batches.size(piece)
+        yield piece, min(counted, size)
+        counted = max(0, counted - size)

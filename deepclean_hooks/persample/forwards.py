@@ -1,5 +1,4 @@
-"""The forward passes under interception: two that find out where the samples lie, one that serves
-the rules.
+"""The forward pass under interception that serves the rules, and what it knows from the probe.
 
 A meeting is an operation in which data meets parameters; meetings are numbered in the order of the
 forward.
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepclean_hooks.persample import layout as layouts
 from deepclean_hooks.persample.call import Call, Forward, flatten, kind, mark
-from deepclean_hooks.persample.layout import Layout, Unserved
+from deepclean_hooks.persample.layout import PROBE_SAMPLES, Layout, Place
+from deepclean_hooks.persample.owners import Owners
 from deepclean_hooks.persample.rule import FusedRule, Rule
 from deepclean_hooks.persample.rules.broadcast import Broadcast, Carrying
 
@@ -26,23 +25,52 @@ class ModelChanged(Exception):
     """The model's operations are not those of the probe: they depend on the data."""
 
 
+class SharedRows(ModelChanged):
+    """Rows of an operation's gradient belong to several samples; `use` is its number."""
+
+    def __init__(self, use: int) -> None:
+        super().__init__("some rows belong to several samples")
+        self.use = use
+
+
+class WrittenInPlace(Exception):
+    """Data is written into a tensor made of parameters: no cut can be made there."""
+
+
+def writes_in_place(name: str) -> bool:
+    """Whether a torch function of this name changes its first argument."""
+    if name.startswith("__i") and name.endswith("__"):
+        return name not in ("__invert__", "__index__", "__int__")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
 @dataclass
 class Meetings:
     """What the probe saw: for each meeting its function and the layouts its rule asked for, in
-    order."""
+    order, each with the shape of its tensor; and the integers read from the data.
+
+    `apart`: whether one sample's NaN stayed in that sample; without it no layout is known.
+    `doubted`: places of meetings and expansions whose layout the self-check found to be wrong.
+    """
 
     functions: list[Callable[..., Any]] = field(default_factory=list)
-    layouts: list[list[Layout | None]] = field(default_factory=list)
+    layouts: list[list[tuple[Layout | None, torch.Size]]] = field(default_factory=list)
     expansions: list[int | None] = field(default_factory=list)
+    reads: list[int] = field(default_factory=list)
+    apart: bool = True
+    doubted: set[tuple[str, int]] = field(default_factory=set)
 
 
 class Pass(Forward):
     """A forward pass of n samples; counts its meetings and its expansions of parameters."""
 
+    every = False  # whether `passed` wants to see every operation on the data
+
     def __init__(self, n: int) -> None:
         self.n = n
         self.meetings = 0
         self.expansions = 0
+        self.wanders = False  # rows were moved by what the data is: no layout holds from there on
 
     def begin(self, call: Call) -> None:
         """A meeting starts."""
@@ -50,7 +78,18 @@ class Pass(Forward):
 
     def unserved(self, call: Call, reason: str) -> Any:
         """Runs an operation that no rule serves, its parameter side cut."""
+        if writes_in_place(call.name) and call.is_parameter(call.args[0]):
+            # The data would be in it without a history.
+            raise WrittenInPlace(f"{call.name} writes data into what is made of parameters")
         return call.with_parameters(lambda w: w.detach())
+
+    @abstractmethod
+    def read(self, number: int) -> None:
+        """An integer of the data became a number of Python's."""
+
+    def passed(self, call: Call, out: Any) -> Any:
+        """What an operation on the data returns, or what is to go on in its place."""
+        return out
 
     @abstractmethod
     def expanded(self, call: Call) -> Any:
@@ -58,94 +97,20 @@ class Pass(Forward):
         sample."""
 
 
-class _Probing(Pass):
-    """Serves nothing."""
-
-    def serve(self, out: Tensor, rule: Rule) -> Tensor:
-        return out
-
-    def serve_fused(self, run: Callable[[Tensor], Tensor], x: Tensor, rule: FusedRule) -> Tensor:
-        return run(x)
-
-    def tap(self, value: Tensor, rule: Rule) -> Tensor:
-        return value
-
-
-class ShapePass(_Probing):
-    """Notes the shapes of expanded parameters; run with two batch sizes, it shows which dimension
-    is the batch."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__(n)
-        self.shapes: list[torch.Size] = []
-
-    def layout(self, x: Tensor) -> Layout:
-        return Layout(0)
-
-    def expanded(self, call: Call) -> Any:
-        out = call.func(*call.args, **call.kwargs)
-        self.shapes.append(out.shape)
-        return out
-
-
-def batch_dimensions(one: ShapePass, other: ShapePass) -> list[int | None]:
-    """For each expansion the dimension that grows with the batch, or None."""
-    found: list[int | None] = []
-    for a, b in zip(one.shapes, other.shapes, strict=True):
-        grown = [i for i, (p, q) in enumerate(zip(a, b, strict=True)) if p != q]
-        scales = len(grown) == 1 and a[grown[0]] * other.n == b[grown[0]] * one.n
-        found.append(grown[0] if scales else None)
-    return found
-
-
-class NaNPass(_Probing):
-    """Runs with NaN in one sample and notes the layout of every tensor that a rule asks for."""
-
-    def __init__(self, n: int, expansions: list[int | None]) -> None:
-        super().__init__(n)
-        self.seen = Meetings(expansions=expansions)
-
-    def begin(self, call: Call) -> None:
-        super().begin(call)
-        self.seen.functions.append(call.func)
-        self.seen.layouts.append([])
-
-    def layout(self, x: Tensor) -> Layout:
-        found = layouts.find(x, self.n)
-        self.seen.layouts[-1].append(found)
-        if found is None:
-            raise Unserved("the samples could not be told apart")
-        return found
-
-    def serve(self, out: Tensor, rule: Rule) -> Tensor:
-        if not rule.saves_floats:  # an embedding of indices, which cannot be NaN themselves
-            out = out.detach().clone()
-            _fill(out, Layout(0), self.n)
-        return out
-
-    def expanded(self, call: Call) -> Any:
-        out = call.func(*call.args, **call.kwargs)
-        dim = self.seen.expansions[self.expansions]
-        self.expansions += 1
-        if dim is None:
-            return out
-        copies: Tensor = out.detach().clone()
-        _fill(copies, Layout(dim), self.n)
-        mark(copies)
-        return copies
-
-
-def _fill(tensor: Tensor, layout: Layout, n: int) -> None:
-    layout.separated(tensor, n).select(layout.dim + 1, layouts.MARKED).fill_(float("nan"))
-
-
-def _copied(operand: Tensor, copies: Tensor, n: int, layout: Layout) -> Rule:
+def _copied(operand: Tensor, copies: Tensor, n: int, layout: Place) -> Rule:
     """The rule for a parameter copied for each sample: a broadcast if it is one, else the copies
     hold the samples."""
     own = (1,) * (copies.dim() - operand.dim()) + tuple(operand.shape)
     if all(p in (1, q) for p, q in zip(own, copies.shape, strict=True)):
         return Broadcast(operand, n, layout)
     return Carrying(copies, n, layout)
+
+
+def _no_view(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that autograd does not know as a view: an in-place step on a
+    view gives it another history, in which a hook on the old one is lost."""
+    alias: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return alias
 
 
 class _TapOperand(torch.autograd.Function):
@@ -155,7 +120,7 @@ class _TapOperand(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, anchor: Tensor, receive: Any) -> Tensor:
         ctx.receive = receive
-        return value.view_as(value)
+        return _no_view(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -199,10 +164,12 @@ class _Fused(torch.autograd.Function):
 
 @dataclass
 class Use:
-    """One rule at work in this forward pass; `index` counts them."""
+    """One rule at work in this forward pass; `index` counts them, `place` is the meeting or the
+    expansion that it serves."""
 
     index: int
     rule: Rule
+    place: tuple[str, int]
 
 
 class ServedPass(Pass):
@@ -216,13 +183,15 @@ class ServedPass(Pass):
         self.seen, self.anchor, self.receive = seen, anchor, receive
         self.uses: list[Use] = []
         self.refused: list[tuple[list[Tensor], str]] = []
-        self._asked = 0
+        self._asked = self._read = 0
+        self._place = ("meeting", 0)
 
     def begin(self, call: Call) -> None:
         if self.meetings >= len(self.seen.functions) or (
             self.seen.functions[self.meetings] is not call.func
         ):
             raise ModelChanged(f"operation {self.meetings} is now {call.name}")
+        self._place = ("meeting", self.meetings)
         super().begin(call)
         self._asked = 0
 
@@ -231,23 +200,40 @@ class ServedPass(Pass):
         if self.meetings != len(self.seen.functions):
             raise ModelChanged(f"{self.meetings} operations instead of {len(self.seen.functions)}")
 
-    def layout(self, x: Tensor) -> Layout:
+    def layout(self, x: Tensor) -> Place:
         asked = self.seen.layouts[self.meetings - 1]
         if self._asked >= len(asked):
             raise ModelChanged("an operation asked for another layout than in the probe")
-        found = asked[self._asked]
+        layout, shape = asked[self._asked]
         self._asked += 1
-        if found is None:
-            raise Unserved("the samples could not be told apart")
-        return found
+        if layout is None or self._place in self.seen.doubted:
+            return self._unknown()
+        if self.wanders or layout.scaled(shape, PROBE_SAMPLES, self.n) != x.shape:
+            return self._moved()
+        return layout
+
+    def _unknown(self) -> Place:
+        """For a tensor in which the probe could not tell the samples apart."""
+        return Owners(self.n)
+
+    def _moved(self) -> Place:
+        """For a tensor whose rows are not those of the probe's layout."""
+        return Owners(self.n)
+
+    def read(self, number: int) -> None:
+        at, self._read = self._read, self._read + 1
+        if self.seen.reads[at : at + 1] != [number]:
+            self.wanders = True
 
     def _use(self, rule: Rule) -> Callable[[Tensor], None]:
-        use = Use(len(self.uses), rule)
+        use = Use(len(self.uses), rule, self._place)
         self.uses.append(use)
         return lambda grad: self.receive(use, grad)
 
     def serve(self, out: Tensor, rule: Rule) -> Tensor:
         receive = self._use(rule)
+        if out._is_view():
+            out = _no_view(out)
         if out.requires_grad:
             out.register_hook(receive)  # type: ignore[no-untyped-call]
             return out
@@ -276,6 +262,12 @@ class ServedPass(Pass):
         out = call.func(*call.args, **call.kwargs)
         if dim is None:
             return out
-        copies = self.tap(out.detach(), _copied(call.args[0], out, self.n, Layout(dim)))
+        self._place = ("expansion", index)
+        place: Place = Layout(dim)
+        if not self.seen.apart or self._place in self.seen.doubted:
+            place = self._unknown()
+        elif self.wanders:
+            place = self._moved()
+        copies = self.tap(out.detach(), _copied(call.args[0], out, self.n, place))
         mark(copies)
         return copies

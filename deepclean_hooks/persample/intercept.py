@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deepclean_hooks.persample.call import BOTH, DATA, NEITHER, PARAMETER, Call, kind, mark
-from deepclean_hooks.persample.forwards import Pass
+from deepclean_hooks.persample.forwards import Pass, writes_in_place
 from deepclean_hooks.persample.layout import Unserved
 from deepclean_hooks.persample.rules import HANDLERS
 
@@ -65,10 +65,71 @@ def _entered(function: Any) -> Callable[..., Any]:
 COMPOSITES = {F.multi_head_attention_forward: _entered(F.multi_head_attention_forward)}
 
 
-def _writes_in_place(name: str) -> bool:
-    if name.startswith("__i") and name.endswith("__"):
-        return name != "__invert__"
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+# They turn the data into numbers of Python's, on which the forward may branch.
+_READS = {
+    Tensor.item,
+    Tensor.__int__,
+    Tensor.__index__,
+}
+# They move rows by what the data is; `getitem` and the like where the index is data.
+_MOVES = {
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    torch.nonzero,
+    Tensor.nonzero,
+    torch.argwhere,
+    Tensor.argwhere,
+    torch.masked_select,
+    Tensor.masked_select,
+    torch.unique,
+    torch.unique_consecutive,
+    torch.functional.unique,
+    torch.functional.unique_consecutive,
+    Tensor.unique,
+    Tensor.unique_consecutive,
+    Tensor.masked_scatter,
+    Tensor.masked_scatter_,
+    torch.masked_scatter,
+    torch._VF._pack_padded_sequence,
+}
+_INDEXED = {
+    getattr(place, name)
+    for place in (torch, Tensor)
+    for stem in (
+        "index_select",
+        "gather",
+        "take",
+        "take_along_dim",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "index_add",
+        "index_copy",
+        "index_put",
+        "index_fill",
+        "index_reduce",
+        "repeat_interleave",
+    )
+    for name in (stem, f"{stem}_")
+    if hasattr(place, name)
+} | {Tensor.__getitem__, Tensor.__setitem__, F.embedding}
+
+
+_LOOKED_AT = _READS | _MOVES | _INDEXED
+
+
+def _moves(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation on the data moves rows of the data by what the data is."""
+    if func in _MOVES:
+        return True
+    if func is F.embedding:  # a table of data
+        return DATA in (kind(args[1:2]), kind(kwargs.get("weight")))
+    if func is Tensor.__getitem__:
+        return kind(args[0]) == kind(args[1]) & DATA == DATA
+    if func is Tensor.__setitem__:
+        return bool(kind(args[1]) & kind(args[2]) & DATA)
+    return func in _INDEXED and bool(kind([args[1:], kwargs]) & DATA)
 
 
 class Interception(TorchFunctionMode):
@@ -103,10 +164,20 @@ class Interception(TorchFunctionMode):
         else:
             out = func(*args, **kwargs)
         if sides & DATA:
+            if func in _LOOKED_AT:
+                self._look(func, args, kwargs, out)
+            if self.forward.every:
+                out = self.forward.passed(Call(func, args, kwargs, self.forward), out)
             mark(out)
-            if args and _writes_in_place(getattr(func, "__name__", "")):
+            if args and writes_in_place(getattr(func, "__name__", "")):
                 mark(args[0])
         return out
+
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func not in _READS:
+            self.forward.wanders |= _moves(func, args, kwargs)
+        elif type(out) is int:
+            self.forward.read(out)
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(func, args, kwargs, self.forward)

@@ -10,7 +10,7 @@ uses, THEN squared. loop: no rule, or the self-check failed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -29,16 +29,32 @@ Present = Callable[[Collection[str]], AbstractContextManager[None]]
 @dataclass
 class Plan:
     """How one form of batch is served; parameters in neither `served_by` nor `loop` do not reach
-    the loss."""
+    the loss.
+
+    `unverified`: those whose gradient was 0 in all samples seen so far. `largest`: the largest sum
+    of the self-check. `owned`: whether samples have to be told apart in each backward.
+    """
 
     seen: Meetings
     fast: set[Operand] = field(default_factory=set)
     pulled: set[Operand] = field(default_factory=set)
     sources: dict[Operand, list[str]] = field(default_factory=dict)
+    places: dict[int, tuple[str, int]] = field(default_factory=dict)
     served_by: dict[str, list[str]] = field(default_factory=dict)
     pulled_parameters: set[str] = field(default_factory=set)
     loop: dict[str, str] = field(default_factory=dict)
+    unverified: set[str] = field(default_factory=set)
+    largest: float = 0.0
     bytes_per_sample: int = 0
+    owned: bool = False
+
+    def operands_of(self, names: Collection[str]) -> list[Operand]:
+        """The operands made of these parameters."""
+        return [key for key, sources in self.sources.items() if set(sources) & set(names)]
+
+    def parameters_of(self, use: int) -> set[str]:
+        """The parameters that the operands of a use are made of."""
+        return {n for (index, _), names in self.sources.items() if index == use for n in names}
 
     def demote(self, reasons: Mapping[str, str]) -> None:
         """Sends parameters to the one-sample loop, with the reason for each.
@@ -46,6 +62,7 @@ class Plan:
         Operands they share with others are pulled from now on, so that the others keep their part.
         """
         self.loop.update(reasons)
+        self.unverified -= set(reasons)
         self.pulled_parameters -= set(reasons)
         for operand, names in self.sources.items():
             if set(names) <= set(self.loop):
@@ -77,7 +94,7 @@ def leaves(tensor: Tensor, names: Mapping[int, str]) -> list[str]:
 
 def classify(
     seen: Meetings,
-    uses: Iterable[Use],
+    uses: Sequence[Use],
     refused: Iterable[tuple[list[Tensor], str]],
     loss: Tensor,
     parameters: Mapping[str, Tensor],
@@ -86,7 +103,7 @@ def classify(
     """The plan for the uses that a served forward pass has just made; `loss` is what that pass
     ended in. `present(names)`: inside it the values of these parameters can be read."""
     names = {id(p): name for name, p in parameters.items()}
-    plan = Plan(seen)
+    plan = Plan(seen, places={use.index: use.place for use in uses})
     operands = {
         (use.index, name): (operand, use.rule)
         for use in uses

@@ -12,12 +12,12 @@ from weakref import ReferenceType, WeakKeyDictionary, WeakMethod, ref
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks.data import batches, losses
+from deepclean_hooks.data import batches
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.persample import loop, probe
+from deepclean_hooks.persample import loop, probe, repeatable
 from deepclean_hooks.persample.accumulate import Sums
-from deepclean_hooks.persample.forwards import Meetings, ServedPass
+from deepclean_hooks.persample.forwards import Meetings, ServedPass, SharedRows
 from deepclean_hooks.persample.plan import Plan, classify
 
 Plans = dict[object, Plan]
@@ -54,8 +54,8 @@ class Planner(ABC):
 
     @abstractmethod
     def _add(self, batch: Batch, counted: int, plan: Plan, sums: Sums, loops: bool = True) -> None:
-        """Adds the squares of the first `counted` samples by the plan, without the loop if
-        `loops` is False."""
+        """Adds the squares of the first `counted` samples by the plan; without the loop, and
+        without checking what is unverified, if `loops` is False."""
 
     @abstractmethod
     def _new_sums(self, dtype: torch.dtype) -> Sums:
@@ -74,41 +74,94 @@ class Planner(ABC):
         shapes = tuple((t.shape[1:], t.dtype) for t in batches.tensors(batch))
         return shapes, frozenset(self.parameters), _reference(self.loss_fn)
 
-    def _require_loss(self, few: Batch) -> None:
-        losses.per_sample(self.loss_fn(self.model, few), probe.PROBE_SAMPLES)
+    def _first_loss(self, few: Batch) -> tuple[Tensor, bool]:
+        return repeatable.first_loss(self.model, self.loss_fn, few)
+
+    def _agreed(self, condition: bool) -> bool:
+        """Whether a condition holds on one of the ranks that run the same passes."""
+        return condition
 
     def _make_plan(self, batch: Batch) -> Plan:
         few = probe.samples(batch, probe.PROBE_SAMPLES)
         # Without interception first: what is wrong with the user's data or model comes as it is.
-        self._require_loss(few)
+        first = self._first_loss(few)
         try:
-            seen = probe.meetings(self.model, self.loss_fn, batch)
-            served, loss = self._forward(few, Plan(seen))
-            plan = classify(seen, served.uses, served.refused, loss, self.parameters, self._present)
-        except probe.SamplesMixed:
+            seen = probe.meetings(self.model, self.loss_fn, batch, first, self._agreed)
+            plan = self._classified(few, seen)
+        except repeatable.Unmeasurable:
             raise
         except Exception as reason:  # whatever it is, the one-sample loop needs no interception
+            if probe.of_the_machine(reason):
+                raise
             plan = Plan(Meetings())
             why = f"it could not be probed: {type(reason).__name__}: {reason}"
             plan.demote(dict.fromkeys(self.parameters, why))
-        self._self_check(few, plan)
-        return plan
+            return plan
+        wrong = self._self_check(few, plan)
+        doubted = {plan.places[index] for index, name in plan.operands_of(wrong)}
+        if not doubted - seen.doubted:
+            return plan
+        # A sample's NaN may stay in it and yet mark another's rows: they show in the backward.
+        seen.doubted |= doubted
+        second = self._classified(few, seen)
+        self._self_check(few, second)
+        return second
 
-    def _self_check(self, few: Batch, plan: Plan) -> None:
-        """Compares with the one-sample loop on a few samples; what differs goes to the loop."""
-        checked = {n: p for n, p in self.parameters.items() if n not in plan.loop}
-        if not checked:
-            return
+    def _classified(self, few: Batch, seen: Meetings) -> Plan:
+        served, loss = self._forward(few, Plan(seen))
+        return classify(seen, served.uses, served.refused, loss, self.parameters, self._present)
+
+    def _self_check(self, few: Batch, plan: Plan) -> set[str]:
+        """Compares with the one-sample loop on a few samples; what differs goes to the loop, and
+        is returned.
+
+        A parameter whose gradient is all zero there was not checked: `plan.unverified`.
+        """
         trial = self._new_sums(next(iter(self.parameters.values())).dtype)
-        try:
-            self._add(few, probe.PROBE_SAMPLES, plan, trial, loops=False)
-        except Exception as reason:
-            plan.demote(dict.fromkeys(checked, f"self-check: {reason}"))
-            return
+        while len(plan.loop) < len(self.parameters):
+            try:
+                self._add(few, probe.PROBE_SAMPLES, plan, trial, loops=False)
+                break
+            except SharedRows as reason:
+                shared = [
+                    n
+                    for (use, _), names in plan.sources.items()
+                    if use == reason.use
+                    for n in names
+                ]
+                plan.demote(dict.fromkeys(shared, f"self-check: {reason}"))
+                trial = self._new_sums(next(iter(self.parameters.values())).dtype)
+            except Exception as reason:
+                if probe.of_the_machine(reason):
+                    raise
+                plan.demote(dict.fromkeys(self.parameters, f"self-check: {reason}"))
+        checked = {n: p for n, p in self.parameters.items() if n not in plan.loop}
         truth = (
             self._one_by_one(group, few) for group in probe.groups(checked, self._group_bytes())
         )
-        plan.demote(self._disagreements(trial.take, truth))
+        errors = self._compared(trial.take, truth)
+        plan.largest = probe.largest(errors)
+        wrong = probe.disagreements(errors, plan.largest)
+        plan.demote(wrong)
+        zero = {name for name, (_, size, _) in errors.items() if size == 0}
+        plan.unverified = zero & set(plan.served_by) - set(plan.loop)
+        return set(wrong)
+
+    def _verify(self, batch: Batch, counted: int, plan: Plan, sums: Sums) -> None:
+        """Checks parameters that were all zero so far and are not after this batch, whose squares
+        were just added."""
+        awake = self._awake(plan.unverified, sums)
+        for group in probe.groups({n: self.parameters[n] for n in awake}, self._group_bytes()):
+            truth = self._one_by_one(group, batch, counted)
+            errors = self._compared(sums.take, iter([truth]))
+            plan.demote(probe.disagreements(errors, plan.largest))
+            for name, squares in truth.items():
+                sums.add(name, squares)
+        plan.unverified.difference_update(awake)
+        self.notes.update(plan.loop)
+
+    def _awake(self, names: Collection[str], sums: Sums) -> list[str]:
+        return [name for name in sorted(names) if sums.any(name)]
 
     def _one_by_one(
         self, group: Mapping[str, Tensor], batch: Batch, counted: int | None = None
@@ -119,10 +172,10 @@ class Planner(ABC):
         """Of parameters whose whole gradients are held at a time."""
         return self.memory_budget
 
-    def _disagreements(
+    def _compared(
         self, take: Callable[[str], Tensor], truth: Iterator[dict[str, Tensor]]
-    ) -> dict[str, str]:
-        return probe.disagreements(take, truth)
+    ) -> probe.Errors:
+        return probe.compared(take, truth)
 
     def _present(self, names: Collection[str]) -> AbstractContextManager[None]:
         """Inside, the values of these parameters can be read; always, unless they are sharded."""

@@ -57,16 +57,8 @@ def _through(
         cotangents = each.reshape(n, *operand.shape).to(operand.dtype)
         yield from zip(sources, _batched(operand, wanted, cotangents), strict=True)
     else:
-        yield from zip(sources, _stacked(operand, wanted, _alone(each, n)), strict=True)
-
-
-def _alone(carried: Carried, n: int) -> Iterator[Tensor]:
-    """For each sample the cotangent that is zero outside that sample."""
-    for i in range(n):
-        only = torch.zeros_like(carried.grad, memory_format=torch.contiguous_format)
-        part = carried.layout.separated(only, n).select(carried.layout.dim + 1, i)
-        part.copy_(carried.layout.separated(carried.grad, n).select(carried.layout.dim + 1, i))
-        yield only
+        alone = (each.layout.only(each.grad, i, n) for i in range(n))
+        yield from zip(sources, _stacked(operand, wanted, alone), strict=True)
 
 
 def _batched(operand: Tensor, wanted: list[Tensor], cotangents: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from deepclean_hooks.persample.layout import Layout
+from deepclean_hooks.persample.layout import Place
 from deepclean_hooks.persample.outer import Product
 
 Squares = dict[str, Tensor | Product]
@@ -26,20 +26,23 @@ class Carried:
     `layout`."""
 
     grad: Tensor
-    layout: Layout
+    layout: Place
 
 
 class Rule(ABC):
     """One operation in which data met parameters.
 
-    `operands` are its parameter-side tensors by the name of their argument; `saved` is the data it
-    needs later, freed after use. A rule is used once, when the gradient of the operation's output
-    arrives.
+    `operands` are its parameter-side tensors by the name of their argument; `layout` is where the
+    samples lie in the data; `saved` is the data it needs later, freed after use. A rule is used
+    once, when the gradient of the operation's output arrives.
     """
 
-    def __init__(self, operands: dict[str, Tensor], n: int, saved: Tensor | None = None) -> None:
+    def __init__(
+        self, operands: dict[str, Tensor], n: int, layout: Place, saved: Tensor | None = None
+    ) -> None:
         self.operands = operands
         self.n = n
+        self.layout = layout
         self._saved = None if saved is None else saved.detach()
         self._version = None if saved is None else saved._version
 
@@ -59,6 +62,10 @@ class Rule(ABC):
     def saves_floats(self) -> bool:
         """False for a rule that saved indices, which no NaN can mark."""
         return self._saved is None or self._saved.is_floating_point()
+
+    def lead(self, grad: Tensor) -> int:
+        """How many leading dimensions of the output's gradient samples may vary over."""
+        return max(1, grad.dim() - 1)
 
     def bytes_per_sample(self) -> int:
         """What the rule holds for each sample beyond activations: 0 for nearly all."""

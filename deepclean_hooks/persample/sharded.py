@@ -21,11 +21,11 @@ from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import FLUSH_EVERY, Sums, add_converted
-from deepclean_hooks.persample.call import DATA, Call, flatten, kind, mark
+from deepclean_hooks.persample.call import Call, flatten, notes
 from deepclean_hooks.persample.engine import NonFiniteGradient, SquaredGradients
 from deepclean_hooks.persample.forwards import ModelChanged, ServedPass
 from deepclean_hooks.persample.intercept import Interception
-from deepclean_hooks.persample.layout import Layout, Unserved
+from deepclean_hooks.persample.layout import Place, Unserved
 from deepclean_hooks.persample.outer import Product
 from deepclean_hooks.persample.plan import Plan, leaves
 from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Plans
@@ -60,6 +60,10 @@ class ShardedSums(Sums):
     def flush(self) -> None:
         """Nothing waits here."""
 
+    def any(self, name: str) -> bool:
+        """Whether this rank's part of a sum has an entry that is not 0."""
+        return bool(self._part(name).any())
+
     def take(self, name: str) -> Tensor:
         """This rank's part of one sum, which is no longer kept here afterwards."""
         part = self._part(name)
@@ -86,9 +90,16 @@ class _PatientPass(ServedPass):
     def begin(self, call: Call) -> None:
         self._patiently(lambda: super(_PatientPass, self).begin(call))
 
-    def layout(self, x: Tensor) -> Layout:
-        found: Layout = self._patiently(lambda: super(_PatientPass, self).layout(x))
-        return found
+    def layout(self, x: Tensor) -> Place:
+        place: Place = self._patiently(lambda: super(_PatientPass, self).layout(x))
+        return place
+
+    def _unknown(self) -> Place:
+        # Two backward passes would have to be the same on all ranks.
+        raise Unserved("the samples could not be told apart")
+
+    def _moved(self) -> Place:
+        raise ModelChanged("the rows of an operation do not match its samples as in the probe")
 
     def expanded(self, call: Call) -> Any:
         try:
@@ -176,9 +187,16 @@ class ShardedSquaredGradients(SquaredGradients):
         self.notes.update(self._plans[form].loop)
         return self._plans[form]
 
-    def _require_loss(self, few: Batch) -> None:
+    def _first_loss(self, few: Batch) -> tuple[Tensor, bool]:
         with ranks.fail_together():
-            super()._require_loss(few)
+            return super()._first_loss(few)
+
+    def _agreed(self, condition: bool) -> bool:
+        return any(ranks.gather(condition))
+
+    def _awake(self, names: Collection[str], sums: Sums) -> list[str]:
+        everyone = ranks.gather(super()._awake(names, sums))
+        return sorted({name for part in everyone for name in part})
 
     def _make_plan(self, batch: Batch) -> Plan:
         try:
@@ -195,23 +213,24 @@ class ShardedSquaredGradients(SquaredGradients):
         plan.demote(reasons)
         return plan
 
-    def _self_check(self, few: Batch, plan: Plan) -> None:
+    def _self_check(self, few: Batch, plan: Plan) -> set[str]:
         fsdp.settle(self.model)  # the passes of the probe had no backward
         super()._self_check(few, plan)
+        return set()  # samples are not told apart in the backward: nothing is tried again
 
     def _group_bytes(self) -> int:
         # A gradient and its squares then take no more room than this rank's share of the weights.
         everything = sum(p.numel() * p.element_size() for p in self.parameters.values())
         return min(self.memory_budget, everything // (2 * ranks.world()[1]))
 
-    def _disagreements(
+    def _compared(
         self, take: Callable[[str], Tensor], truth: Iterator[dict[str, Tensor]]
-    ) -> dict[str, str]:
+    ) -> probe.Errors:
         parts = (
             {name: shards.summed_part(one, self._like[name]) for name, one in group.items()}
             for group in truth
         )
-        return probe.disagreements(take, parts, _worst_over_ranks)
+        return _worst_over_ranks(probe.compared(take, parts))
 
     def _most(self, plan: Plan) -> int:
         return min(ranks.gather(super()._most(plan)))
@@ -321,22 +340,21 @@ class ShardedSquaredGradients(SquaredGradients):
         return self._unsharded.present(names)
 
 
-def _noted(inputs: object) -> list[tuple[int, bool]]:
-    """For each tensor among a module's inputs, which object it is, and whether it depends on the
-    data."""
-    return [(id(tensor), kind(tensor) == DATA) for tensor in flatten(inputs)]
+def _noted(inputs: object) -> list[tuple[int, dict[str, Any]]]:
+    """For each tensor among a module's inputs, which object it is, and what was noted of it."""
+    return [(id(tensor), notes(tensor)) for tensor in flatten(inputs)]
 
 
-def _as_before(inputs: Any, noted: list[tuple[int, bool]]) -> Any:
-    """The inputs marked again, and one object again where they were one.
+def _as_before(inputs: Any, noted: list[tuple[int, dict[str, Any]]]) -> Any:
+    """The inputs with their notes again, and one object again where they were one.
 
     Attention with three times the same input takes another way than with three equal ones.
     """
     first: dict[int, Tensor] = {}
-    for (identity, depends), tensor in zip(noted, flatten(inputs), strict=True):
+    for (identity, known), tensor in zip(noted, flatten(inputs), strict=True):
         kept = first.setdefault(identity, tensor)
-        if depends:
-            mark(kept)
+        for name, value in known.items():
+            setattr(kept, name, value)
     if len(first) == len(noted):
         return inputs
     order = iter(noted)

@@ -54,3 +54,21 @@ def relative_error(ours: dict[str, Tensor], truth: dict[str, Tensor], zero: floa
         else:
             worst = max(worst, difference / scale)
     return worst
+
+
+def difference_to_one_by_one(
+    model: nn.Module, batch: dict[str, Tensor], sums: dict[str, Tensor]
+) -> float:
+    """The largest difference to the squared gradients of each sample shown twice, relative to the
+    largest entry of its tensor; `batch` is a mapping of the model's arguments and `labels`."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    truth = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    for i, label in enumerate(batch["labels"]):
+        logits = model(**{key: value[[i, i]] for key, value in inputs.items()})
+        loss = F.cross_entropy(logits, label.expand(2), reduction="mean")
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                truth[name] += gradient.square()
+    return relative_error(sums, truth)

@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Layout, Unserved, unbroadcast
+from deepclean_hooks.persample.layout import Layout, Place, Unserved
 from deepclean_hooks.persample.rule import Carried, Rule
 
 
 class Broadcast(Rule):
     """Operand: w, of a shape that broadcasts to the gradient's."""
 
-    def __init__(self, operand: Tensor, n: int, layout: Layout) -> None:
-        super().__init__({"w": operand}, n)
-        self.layout = layout
+    def __init__(self, operand: Tensor, n: int, layout: Place) -> None:
+        super().__init__({"w": operand}, n, layout)
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
-        return {"w": unbroadcast(grad, self.operands["w"].shape, self.layout, self.n)}
+        return {"w": self.layout.unbroadcast(grad, self.operands["w"].shape, self.n)}
 
 
 class Carrying(Broadcast):
@@ -38,11 +37,11 @@ class Carrying(Broadcast):
         return {"w": Carried(grad, self.layout)}
 
 
-def _tap(call: Call, operand: Tensor, full: torch.Size, layout: Layout) -> Tensor:
+def _tap(call: Call, operand: Tensor, full: torch.Size, layout: Place) -> Tensor:
     """The operand expanded to `full` (in which the samples have `layout`) and tapped."""
-    own = layout.shifted(operand.dim() - len(full))
-    if own.dim >= 0 and operand.shape[own.dim] == full[layout.dim] != 1:
-        return call.tap(operand.detach(), Carrying(operand, call.n, own))
+    held = layout.held_by(operand.shape, full)
+    if held is not None:
+        return call.tap(operand.detach(), Carrying(operand, call.n, held))
     return call.tap(operand.detach().expand(full), Broadcast(operand, call.n, layout))
 
 
@@ -57,9 +56,7 @@ def meet_elementwise(call: Call) -> Tensor:
         raise Unserved("data written into a parameter in place")
     reference = call.largest_data()
     full = _common_shape(t.shape for t in call.tensors())
-    layout = call.layout(reference).shifted(len(full) - reference.dim())
-    if full[layout.dim] != reference.shape[layout.dim - len(full)]:
-        raise Unserved("the dimension of the samples is broadcast")
+    layout = call.layout(reference).broadcast(reference.shape, full)
     result: Tensor = call.with_parameters(lambda w: _tap(call, w, full, layout))
     return result
 
@@ -82,10 +79,8 @@ def meet_batched(call: Call) -> Tensor:
         raise Unserved("a product without a batch dimension")
     lead = _common_shape(t.shape[:-2] for t in call.tensors())
     layout = call.layout(reference)
-    shift = len(lead) + 2 - reference.dim()
-    if layout.dim >= reference.dim() - 2 or lead[layout.dim + shift] != reference.shape[layout.dim]:
-        raise Unserved("samples lie in the rows or columns of a product")
-    layout = layout.shifted(shift)
+    layout.require_outside(reference, 2)
+    layout = layout.broadcast(reference.shape, (*lead, *reference.shape[-2:]))
 
     def tap(w: Tensor) -> Tensor:
         return _tap(call, w, torch.Size((*lead, *w.shape[-2:])), layout)
@@ -100,9 +95,12 @@ def meet_joined(call: Call) -> Tensor:
     layout = call.layout(reference)
 
     def tap(w: Tensor) -> Tensor:
-        if w.dim() != reference.dim() or w.shape[layout.dim] != reference.shape[layout.dim]:
+        held = layout.held_by(w.shape, reference.shape) if w.dim() == reference.dim() else None
+        if held is not None:
+            return call.tap(w.detach(), Carrying(w, call.n, held))
+        if isinstance(layout, Layout):
             raise Unserved("a parameter joined to the data along the samples")
-        return call.tap(w.detach(), Carrying(w, call.n, layout))
+        return call.tap(w.detach(), Broadcast(w, call.n, layout))
 
     result: Tensor = call.with_parameters(tap)
     return result

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepclean_hooks.persample import windows
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Layout, Unserved
+from deepclean_hooks.persample.layout import Place, Unserved
 from deepclean_hooks.persample.outer import Product
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 from deepclean_hooks.persample.windows import Geometry
@@ -29,12 +29,15 @@ class Convolution(Rule):
         operands: dict[str, Tensor],
         n: int,
         x: Tensor,
-        layout: Layout,
+        layout: Place,
         weight: Tensor,
         geometry: Geometry,
     ) -> None:
-        super().__init__(operands, n, x)
-        self.layout, self.weight, self.geometry = layout, weight.detach(), geometry
+        super().__init__(operands, n, layout, x)
+        self.weight, self.geometry = weight.detach(), geometry
+
+    def lead(self, grad: Tensor) -> int:
+        return 1
 
     def squares(self, grad: Tensor, names: Collection[str], into: Into) -> Squares:
         result: Squares = {}
@@ -49,7 +52,7 @@ class Convolution(Rule):
         if "bias" in names:
             result["bias"] = self._bias(grad)
         if "weight" in names:
-            folded = self.saved.shape[0] != self.n
+            folded = not self.layout.each_once(self.saved, self.n)
             if self._depthwise() and not folded:
                 result["weight"] = self._by_forward(grad)
             elif self.geometry.groups > 1 and not folded and not self.geometry.transposed:
@@ -65,7 +68,7 @@ class Convolution(Rule):
     def _squared_weight(self, grad: Tensor, into: Tensor | None) -> Tensor | Product:
         geometry, kernel = self.geometry, self.weight.shape[2:]
         dense = geometry.groups == 1 and not geometry.transposed and len(kernel) == 2
-        if not dense or self.saved.shape[0] != self.n:
+        if not dense or not self.layout.each_once(self.saved, self.n):
             if geometry.groups == 1:
                 return self._summed(grad, into)
             each = self.per_sample(grad, ["weight"])["weight"]
@@ -201,8 +204,7 @@ def _meet(call: Call, a: dict[str, Tensor], geometry: Geometry) -> Tensor:
     if not call.is_data(x) or call.is_data(weight) or call.is_data(bias) or x.dim() != weight.dim():
         raise Unserved("convolution of another form than a batch of data with a parameter kernel")
     layout = call.layout(x)
-    if layout.dim != 0:
-        raise Unserved(f"samples lie in dimension {layout.dim} of a channels-first tensor")
+    layout.require_first()
     out = torch.convolution(
         x,
         call.cut(weight),

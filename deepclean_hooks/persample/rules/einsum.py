@@ -75,6 +75,8 @@ def _parsed(equation: str, count: int) -> tuple[list[str], str]:
 
 def _sample_letter(call: Call, operand: Tensor, term: str) -> str:
     layout = call.layout(operand)
+    if not isinstance(layout, Layout):
+        raise Unserved("the samples could not be told apart")
     if layout.outer != 1 or operand.shape[layout.dim] != call.n:
         raise Unserved("the samples are folded into another index")
     return term[layout.dim]

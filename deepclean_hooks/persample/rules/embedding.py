@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Layout, Unserved
+from deepclean_hooks.persample.layout import Place, Unserved
 from deepclean_hooks.persample.rule import Carried, Rule
 
 
@@ -20,10 +20,10 @@ class Embedding(Rule):
     """Operand: weight (V, D)."""
 
     def __init__(
-        self, weight: Tensor, n: int, index: Tensor, layout: Layout, padding: int | None
+        self, weight: Tensor, n: int, index: Tensor, layout: Place, padding: int | None
     ) -> None:
-        super().__init__({"weight": weight}, n, index)
-        self.layout, self.padding = layout, padding
+        super().__init__({"weight": weight}, n, layout, index)
+        self.padding = padding
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         weight = self.operands["weight"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Layout, Unserved
+from deepclean_hooks.persample.layout import Place, Unserved
 from deepclean_hooks.persample.outer import squared_outer
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 from deepclean_hooks.persample.rules.broadcast import meet_batched
@@ -23,9 +23,8 @@ from deepclean_hooks.persample.rules.broadcast import meet_batched
 class Linear(Rule):
     """Operands: weight (O, D) and bias (O,)."""
 
-    def __init__(self, operands: dict[str, Tensor], n: int, x: Tensor, layout: Layout) -> None:
-        super().__init__(operands, n, x)
-        self.layout = layout
+    def __init__(self, operands: dict[str, Tensor], n: int, x: Tensor, layout: Place) -> None:
+        super().__init__(operands, n, layout, x)
 
     def _rows(self, grad: Tensor) -> Tensor:
         return self.layout.rows(grad, self.n)  # (N, T, O)
@@ -58,8 +57,7 @@ def meet_linear(call: Call) -> Tensor:
     if not call.is_data(x) or call.is_data(weight) or call.is_data(bias) or weight.dim() != 2:
         raise Unserved("linear with a weight that depends on the data")
     layout = call.layout(x)
-    if layout.dim >= x.dim() - 1:
-        raise Unserved("samples lie in the feature dimension")
+    layout.require_outside(x, 1)
     out = F.linear(x, call.cut(weight), call.cut(bias))
     return call.serve(out, Linear(call.operands(weight=weight, bias=bias), call.n, x, layout))
 
@@ -70,8 +68,7 @@ def meet_matmul(call: Call) -> Tensor:
     if not (call.is_data(x) and call.is_parameter(weight) and weight.dim() == 2 and x.dim() >= 2):
         return meet_batched(call)
     layout = call.layout(x)
-    if layout.dim >= x.dim() - 1:
-        raise Unserved("samples lie in the feature dimension")
+    layout.require_outside(x, 1)
     out = torch.matmul(x, call.cut(weight))
     return call.serve(out, Linear({"weight": weight.t()}, call.n, x, layout))
 
@@ -84,8 +81,7 @@ def meet_addmm(call: Call) -> Tensor:
     if not plain or not call.is_data(x) or call.is_data(weight) or call.is_data(bias):
         raise Unserved("addmm of another form than bias + x W")
     layout = call.layout(x)
-    if layout.dim != 0:
-        raise Unserved("samples lie in the feature dimension")
+    layout.require_outside(x, 1)
     out = torch.addmm(call.cut(bias), x, call.cut(weight))
     operands = call.operands(bias=bias)
     if call.is_parameter(weight):

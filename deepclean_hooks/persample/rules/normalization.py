@@ -8,7 +8,6 @@ GroupNorm, InstanceNorm, RMSNorm).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from deepclean_hooks.persample import device
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Layout, Unserved
+from deepclean_hooks.persample.layout import Layout, Place, Unserved
 from deepclean_hooks.persample.rule import Carried, FusedRule, Rule
 
 # Positions from which the native backward is used; with 2 x 2 maps it takes 5 times as long as the
@@ -33,11 +32,11 @@ class BatchNorm(FusedRule):
         operands: dict[str, Tensor],
         n: int,
         x: Tensor,
-        layout: Layout,
+        layout: Place,
         statistics: tuple[Tensor, Tensor, Tensor | None, float],
     ) -> None:
-        super().__init__(operands, n, x)
-        self.layout, self.statistics = layout, statistics
+        super().__init__(operands, n, layout, x)
+        self.statistics = statistics
         self._each: dict[str, Tensor] = {}
 
     def input_gradient(self, grad: Tensor, needed: bool) -> Tensor | None:
@@ -98,32 +97,30 @@ class LayerNorm(Rule):
         operands: dict[str, Tensor],
         n: int,
         x: Tensor,
-        layout: Layout,
+        layout: Place,
         shape: list[int],
         statistics: tuple[Tensor, Tensor],
     ) -> None:
-        super().__init__(operands, n, x)
-        self.layout, self.shape, self.statistics = layout, shape, statistics
+        super().__init__(operands, n, layout, x)
+        self.shape, self.statistics = shape, statistics
+
+    def lead(self, grad: Tensor) -> int:
+        return grad.dim() - len(self.shape)
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
-        blocks = self.layout.blocks(self.saved.shape)
         large = grad[0].numel() >= NATIVE_SAMPLE and not device.is_accelerator(grad)
-        if blocks == 1 and large and "weight" in names:
+        if large and self.layout.in_order(self.saved.shape) and "weight" in names:
             return self._native(grad, names)
-        size = math.prod(self.shape)
-        g = self._positions(grad, blocks, size)
+        g = self.layout.rows(grad, self.n, len(self.shape))  # (N, T, size)
         each: dict[str, Tensor | Carried] = {}
         if "bias" in names:
             each["bias"] = g.sum(1).view(self.n, *self.shape)
         if "weight" in names:
             mean, rstd = self.statistics
-            x_hat = self._positions((self.saved - mean).mul_(rstd), blocks, size)
-            each["weight"] = x_hat.mul_(g).sum(1).view(self.n, *self.shape)
+            x_hat = (self.saved - mean).mul_(rstd)
+            x_hat = self.layout.rows(x_hat, self.n, len(self.shape))
+            each["weight"] = x_hat.mul(g).sum(1).view(self.n, *self.shape)
         return each
-
-    def _positions(self, t: Tensor, blocks: int, size: int) -> Tensor:
-        split = t.reshape(blocks, self.n, -1, size)
-        return split.transpose(0, 1).flatten(1, 2)  # (N, T, size)
 
     def _native(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         """PyTorch's own backward, one sample at a time: it reads g and x once, without making
@@ -153,12 +150,18 @@ class Normalized(Rule):
         operands: dict[str, Tensor],
         n: int,
         x: Tensor,
-        layout: Layout,
+        layout: Place,
         normalize: Callable[[Tensor], Tensor],
         channels_first: bool,
     ) -> None:
-        super().__init__(operands, n, x)
-        self.layout, self.normalize, self.channels_first = layout, normalize, channels_first
+        super().__init__(operands, n, layout, x)
+        self.normalize, self.channels_first = normalize, channels_first
+
+    def lead(self, grad: Tensor) -> int:
+        return 1 if self.channels_first else grad.dim() - self._features()
+
+    def _features(self) -> int:
+        return next(iter(self.operands.values())).dim()
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         each: dict[str, Tensor | Carried] = {}
@@ -172,8 +175,8 @@ class Normalized(Rule):
         if self.channels_first:
             t = self.layout.images(t, self.n)  # (N, R, C, ...)
             return t.reshape(*t.shape[:3], -1).sum((1, 3)).view(self.n, *operand.shape)
-        t = t.reshape(self.layout.blocks(t.shape), self.n, -1, operand.numel())
-        return t.sum((0, 2)).view(self.n, *operand.shape)
+        t = self.layout.rows(t, self.n, operand.dim())  # (N, T, size)
+        return t.sum(1).view(self.n, *operand.shape)
 
 
 def meet_batch_norm(call: Call) -> Tensor:
@@ -198,14 +201,17 @@ def meet_batch_norm(call: Call) -> Tensor:
     if not call.is_data(x) or a["training"] or mean is None or var is None:
         raise Unserved("batch normalisation by the statistics of the batch")
     layout = call.layout(x)
-    if layout.dim != 0:
-        raise Unserved(f"samples lie in dimension {layout.dim} of a channels-first tensor")
-    cut = call.cut(weight), call.cut(bias)
-    statistics = (mean, var, cut[0], a["eps"])
-    rule = BatchNorm(call.operands(weight=weight, bias=bias), call.n, x, layout, statistics)
-    return call.serve_fused(
-        lambda t: F.batch_norm(t, mean, var, *cut, False, 0.0, a["eps"]), x, rule
-    )
+    layout.require_first()
+    operands, cut = call.operands(weight=weight, bias=bias), (call.cut(weight), call.cut(bias))
+
+    def normalize(t: Tensor, w: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        return F.batch_norm(t, mean, var, w, b, False, 0.0, a["eps"])
+
+    if not isinstance(layout, Layout):  # not known yet when the fused rule would need it
+        rule = Normalized(operands, call.n, x, layout, normalize, True)
+        return call.serve(normalize(x, *cut), rule)
+    fused = BatchNorm(operands, call.n, x, layout, (mean, var, cut[0], a["eps"]))
+    return call.serve_fused(lambda t: normalize(t, *cut), x, fused)
 
 
 def meet_layer_norm(call: Call) -> Tensor:
@@ -221,13 +227,12 @@ def meet_layer_norm(call: Call) -> Tensor:
     return call.serve(out, LayerNorm(operands, call.n, x, layout, shape, statistics))
 
 
-def _outside(call: Call, x: Tensor, shape: Sequence[int]) -> Layout:
+def _outside(call: Call, x: Tensor, shape: Sequence[int]) -> Place:
     """The layout of x, whose samples must lie outside the normalised dimensions."""
     if not call.is_data(x):
         raise Unserved("normalisation of a parameter")
     layout = call.layout(x)
-    if layout.dim >= x.dim() - len(shape):
-        raise Unserved("samples lie in the normalised dimensions")
+    layout.require_outside(x, len(shape))
     return layout
 
 
@@ -287,8 +292,7 @@ def _channels_first(
     if not call.is_data(x):
         raise Unserved("normalisation of a parameter")
     layout = call.layout(x)
-    if layout.dim != 0:
-        raise Unserved(f"samples lie in dimension {layout.dim} of a channels-first tensor")
+    layout.require_first()
     out = norm(x, call.cut(weight), call.cut(bias))
     operands = call.operands(weight=weight, bias=bias)
     rule = Normalized(operands, call.n, x, layout, lambda t: norm(t, None, None), True)
