@@ -89,8 +89,8 @@ def meetings(
         again = loss_fn(model, marked(few))
     again = losses.per_sample(again, PROBE_SAMPLES)
     repeats = REPEATS if agreed(drew) else 0
-    repeatable.require_repeatable(model, loss_fn, few, loss, again, repeats)
-    require_separate(model, loss_fn, few, loss)
+    repeatable.require_repeatable(model, loss_fn, few, loss, again, repeats, agreed)
+    require_separate(model, loss_fn, few, loss, agreed)
     expansions: list[int | None] = []
     if first.shapes:
         second = ShapePass(OTHER_SIZE)
@@ -102,7 +102,7 @@ def meetings(
     seen = _with_nan(model, loss_fn, few, NaNPass(PROBE_SAMPLES, expansions, first.reads))
     if agreed(seen is None or not seen.apart):
         # Not the model's fault: 0 times NaN is NaN behind a mask, and some operations refuse NaN.
-        _require_separate_among_others(model, loss_fn, few)
+        _require_separate_among_others(model, loss_fn, few, agreed)
         seen = _without_nan(model, loss_fn, few, NaNPass(PROBE_SAMPLES, expansions, first.reads))
     assert seen is not None
     return seen
@@ -136,30 +136,33 @@ def _without_nan(model: nn.Module, loss_fn: LossFn, few: Batch, probing: NaNPass
     return probing.seen
 
 
-def require_separate(model: nn.Module, loss_fn: LossFn, few: Batch, loss: Tensor) -> None:
+def require_separate(
+    model: nn.Module, loss_fn: LossFn, few: Batch, loss: Tensor, agreed: Agreed = bool
+) -> None:
     """Raises SamplesMixed if a sample's loss alone (shown twice) is not that in its batch."""
     with torch.no_grad():
         twice = batches.rows(few, torch.tensor([MARKED, MARKED]))
         alone = losses.per_sample(loss_fn(model, twice), 2)
     beside = loss.detach()[MARKED].expand(2)
-    if not repeatable.same(alone, beside):
+    if agreed(not repeatable.same(alone, beside)):
         raise SamplesMixed(_mixing(model, float(alone[0]), float(beside[0])))
 
 
-def _require_separate_among_others(model: nn.Module, loss_fn: LossFn, few: Batch) -> None:
+def _require_separate_among_others(
+    model: nn.Module, loss_fn: LossFn, few: Batch, agreed: Agreed
+) -> None:
     """The same with other samples beside the marked one: three copies of one sample would hide
     that the model normalises by the batch."""
-
     others = few
     for at in range(PROBE_SAMPLES):
         if at != MARKED:
             others = batches.change_sample(others, at, lambda t: t.flip(tuple(range(t.dim()))))
     try:
-        require_separate(model, loss_fn, others, losses.per_sample(loss_fn(model, others), 3))
-    except SamplesMixed:
-        raise
-    except (ValueError, RuntimeError):  # the model does not take such samples
+        with torch.no_grad():
+            loss = losses.per_sample(loss_fn(model, others), PROBE_SAMPLES)
+    except (ValueError, RuntimeError):  # the model takes no such samples
         return
+    require_separate(model, loss_fn, few, loss, agreed)
 
 
 def _mixing(model: nn.Module, alone: float, beside: float) -> str:

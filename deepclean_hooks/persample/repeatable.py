@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,17 +55,24 @@ def first_loss(model: nn.Module, loss_fn: LossFn, few: Batch) -> tuple[Tensor, b
 
 
 def require_repeatable(
-    model: nn.Module, loss_fn: LossFn, few: Batch, first: Tensor, again: Tensor, repeats: int
+    model: nn.Module,
+    loss_fn: LossFn,
+    few: Batch,
+    first: Tensor,
+    again: Tensor,
+    repeats: int,
+    agreed: Callable[[bool], bool],
 ) -> None:
     """Raises NotRepeatable if `again`, or one of `repeats` more forward passes, is not the first
     loss."""
     first, again = first.detach(), again.detach()
+    differs = agreed(not same(first, again))
     for _ in range(repeats):
-        if not same(first, again):
-            break
-        with torch.no_grad():
-            again = losses.per_sample(loss_fn(model, few), len(first))
-    if same(first, again):
+        if not differs:
+            with torch.no_grad():
+                again = losses.per_sample(loss_fn(model, few), len(first))
+            differs = agreed(not same(first, again))
+    if not differs:
         return
     sample = int((first - again).abs().argmax())
     drawing = _Draws(model)

@@ -23,7 +23,7 @@ from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import FLUSH_EVERY, Sums, add_converted
 from deepclean_hooks.persample.call import Call, flatten, notes
 from deepclean_hooks.persample.engine import NonFiniteGradient, SquaredGradients
-from deepclean_hooks.persample.forwards import ModelChanged, ServedPass
+from deepclean_hooks.persample.forwards import Meetings, ModelChanged, ServedPass
 from deepclean_hooks.persample.intercept import Interception
 from deepclean_hooks.persample.layout import Place, Unserved
 from deepclean_hooks.persample.outer import Product
@@ -203,11 +203,19 @@ class ShardedSquaredGradients(SquaredGradients):
             plan = super()._make_plan(batch)
         finally:
             fsdp.settle(self.model)
-        everyone = ranks.gather((sorted(plan.fast), sorted(plan.pulled), plan.loop))
+        return self._same_on_ranks(plan)
+
+    def _classified(self, few: Batch, seen: Meetings) -> Plan:
+        # Before the self-check, whose sums are collectives.
+        return self._same_on_ranks(super()._classified(few, seen))
+
+    def _same_on_ranks(self, plan: Plan) -> Plan:
+        ways = sorted(plan.fast), sorted(plan.pulled), sorted(plan.sources.items())
+        everyone = ranks.gather((ways, plan.loop))
         reasons: dict[str, str] = {}
-        for _, _, loops in everyone:
+        for _, loops in everyone:
             reasons.update(loops)
-        if any(ways[:2] != everyone[0][:2] for ways in everyone):
+        if any(other != everyone[0][0] for other, _ in everyone):
             why = "the operations differ between ranks"
             reasons = {**dict.fromkeys(self.parameters, why), **reasons}
         plan.demote(reasons)

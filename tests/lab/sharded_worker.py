@@ -55,8 +55,8 @@ class Chosen(nn.Module):
         self.experts = nn.ParameterList(torch.randn(5, 36) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(1)
-        return F.linear(x, self.experts[int(x[0, 0] > 0)])
+        chosen = [self.experts[int(row[0] > 0)] for row in x.flatten(1)]
+        return torch.cat([F.linear(r[None], w) for r, w in zip(x.flatten(1), chosen, strict=True)])
 
 
 class Derived(nn.Module):
