@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn, optim
+from torch.nn import functional
+from torch.utils.data import TensorDataset
 
+import deepclean_hooks as deepclean
 from deepclean_hooks.guard.guard import Guard
 from lab import faults
-from lab.guarding import changed, data, loss_of, plant, small, snapshot
+from lab.guarding import Masks, changed, data, loss_of, plant, small, snapshot
 
 SEED = 18
 
@@ -109,6 +112,48 @@ def test_nothing_is_left_behind(
     make = maker(loop, kind, options)
     for at in faults.points(make, 40, SEED):
         assert faults.aborted(make, at, error) == [], f"{name}, operation {at}"
+
+
+def whole_run() -> faults.Make:
+    """A session around a loop; the check compares with the masks of a run without a fault."""
+    images, labels = torch.randn(30, 2, 4, 4), torch.arange(30) % 3
+    sets = {
+        "forget": TensorDataset(images[:8], labels[:8]),
+        "retain": TensorDataset(images[8:], labels[8:]),
+    }
+    masks: Masks = {}
+
+    def make() -> faults.Scene:
+        model = normed()
+        then, optimizer = snapshot(model), optim.AdamW(model.parameters(), lr=1e-2)
+
+        def run() -> None:
+            options = {"progress": False, "batch_size": 7, "method": deepclean.DeepClean(gamma=1.1)}
+            with deepclean.unlearning(model, **sets, **options) as session:
+                masks.update(session.selection.masks)
+                for part in (slice(8, 19), slice(19, 30)):
+                    functional.cross_entropy(model(images[part]), labels[part]).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        def check() -> None:
+            assert changed(model, then, masks, frozen=True) == 0
+
+        return faults.Scene(model, run, [optimizer], check)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*reset entries are dead:UserWarning")
+def test_a_whole_run_leaves_nothing_behind() -> None:
+    """Fails if an abort in any phase of a session, from the scores before to those after, leaves a
+    trace or moves a weight outside W_f. An interrupt: what fails while scoring is reported, and
+    what fails in a probe sends its layer to the loop."""
+    torch.manual_seed(0)
+    make = whole_run()
+    for at in faults.points(make, 60, SEED):
+        assert faults.aborted(make, at, KeyboardInterrupt) == [], f"operation {at}"
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.7, 0.98])
