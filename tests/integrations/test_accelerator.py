@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -39,7 +40,9 @@ from lab.training import (
 
 HERE = Path(__file__).resolve().parent
 MODELS = {"transformers": hf_vit, "timm": timm_vit}
-pytestmark = pytest.mark.filterwarnings("ignore:.*of the reset entries are dead")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*of the reset entries are dead", "ignore:no optimizer step of this model was seen"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -421,3 +424,127 @@ def test_killed_and_resumed(name: str, tmp_path: Path) -> None:
         assert ran.returncode == (-signal.SIGKILL if mode == "kill" else 0), ran.stderr
     ends = [torch.load(tmp_path / f"{m}.pt", weights_only=True) for m in ("whole", "resume")]
     assert same_bits(*ends)
+
+
+# ---------------------------------------------------------------------------- what a folder holds
+
+
+class Planted:
+    """A pickle that leaves a mark when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("code_ran",))
+
+
+@pytest.mark.parametrize("name", ["deepclean.pt", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("when", ["before entering", "by resume", "after the block"])
+def test_no_code_of_a_checkpoint_runs(
+    name: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a file of ours is read, or one that looks like it is registered, as a pickle."""
+    monkeypatch.chdir(tmp_path)
+    stored_run(tmp_path / "state", "timm", cut=4)
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, _ = accelerator.prepare(model, adamw(model))
+    torch.save(Planted(), tmp_path / "state" / name)
+    with contextlib.suppress(RuntimeError, BrokenRun):
+        if when == "by resume":
+            with hook(accelerator, wrapped, resume=tmp_path / "state"):
+                pass
+        run = hook(accelerator, wrapped)
+        if when == "after the block":
+            with run:
+                pass
+        accelerator.load_state("state")
+        with run:
+            pass
+    assert not (tmp_path / "code_ran").exists()
+    torch.load(tmp_path / "state" / name, weights_only=False)
+    assert (tmp_path / "code_ran").exists()  # the mark works
+
+
+def test_starts_from_the_originals_folder_and_resumes_from_its_own(tmp_path: Path) -> None:
+    """Fails if a script with the hook made before `load_state` cannot begin from the original
+    training's folder, or one that loads before it makes the hook cannot resume."""
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    accelerator.save_state(str(tmp_path / "original"))
+    run = hook(accelerator, wrapped)
+    accelerator.load_state(str(tmp_path / "original"))
+    with contextlib.suppress(Cut), run:
+        for step in train(accelerator, wrapped, optimizer, loader):
+            if step == 3:
+                accelerator.save_state(str(tmp_path / "stored"))
+                raise Cut
+    # Another script, which loads first.
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    accelerator.load_state(str(tmp_path / "stored"))
+    with hook(accelerator, wrapped, resume=tmp_path / "stored") as session:
+        run_all(accelerator, wrapped, optimizer, loader, first=3)
+    whole = stored_run(tmp_path / "whole", "timm")
+    assert same_bits(bits_of(whole), bits_of(model))
+    assert session.report.optimizer_steps == 6
+    with pytest.raises(BrokenRun, match="is missing"):
+        hook(accelerator, wrapped, resume=tmp_path / "original")
+
+
+def test_other_objects_of_the_script_are_left_alone(tmp_path: Path) -> None:
+    """Fails if our file counts among the objects that a script registers itself."""
+
+    class Counter:
+        def __init__(self) -> None:
+            self.count = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"count": self.count}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.count = state["count"]
+
+    for mode in ("store", "resume"):
+        accelerator = Accelerator(cpu=True)
+        model = timm_vit()
+        wrapped, _ = accelerator.prepare(model, adamw(model))
+        counter = Counter()
+        accelerator.register_for_checkpointing(counter)
+        run = hook(accelerator, wrapped)
+        if mode == "store":
+            counter.count = 7
+            with run:
+                accelerator.save_state(str(tmp_path))
+        else:
+            accelerator.load_state(str(tmp_path))
+            with run as session:
+                pass
+            assert counter.count == 7
+            assert session.report.phase == "finished"
+
+
+def test_run_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
+    """Fails if a folder in which the run is a registered object is taken for the original's."""
+    stored_run(tmp_path, "timm", cut=4)
+    (tmp_path / "deepclean.pt").rename(tmp_path / "custom_checkpoint_0.pkl")
+    with pytest.raises(BrokenRun, match="of an earlier version"):
+        resumed_run(tmp_path, "timm")
+
+
+def test_every_option_and_a_report_folder(tmp_path: Path) -> None:
+    """Fails if the hook does not take what a session takes, or writes no report."""
+    accelerator = Accelerator(cpu=True)
+    model = timm_vit()
+    wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
+    settings = {"scores": True, "forget_test": FORGET, "gold": [timm_vit(), timm_vit()]}
+    run = hook(accelerator, wrapped, dead_count=False, folder=tmp_path / "told", **settings)
+    with run as session:
+        assert json.loads((tmp_path / "told" / "report.json").read_text())["phase"] == "guarded"
+        run_all(accelerator, wrapped, optimizer, loader)
+    assert "forget_test" in session.report.scores["after"]["sets"]
+    stored = json.loads((tmp_path / "told" / "report.json").read_text())
+    assert stored["model_after"] == session.report.model_after
+    assert (tmp_path / "told" / "report.txt").read_text() == f"{session.report}\n"
+    with pytest.raises(TypeError, match="no option 'golds'"):
+        hook(accelerator, wrapped, golds=1)

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 import deepclean_hooks as deepclean
 from deepclean_hooks.integrations import trainer as adapter
 from deepclean_hooks.methods import Selection
-from deepclean_hooks.stored import masks, sealed
+from deepclean_hooks.stored import checkpoint, masks, sealed
 from deepclean_hooks.stored.sealed import BrokenRun
 from lab.processes import in_child, launch
 from lab.training import (
@@ -583,6 +583,159 @@ def test_adapters_of_peft(tmp_path: Path) -> None:
     resumed = lora()
     trainer(tmp_path / "cut", resumed, callback(), **SAVING).train(resume_from_checkpoint=True)
     assert same_bits(bits_of(whole), bits_of(resumed))
+
+
+# ---------------------------------------------------------------------------- joining, ending
+
+
+@pytest.mark.parametrize("how", ["attach", "attach twice", "add_callback, attach", "add_callback"])
+def test_joins_a_trainer_that_was_made_without_it(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if an attached callback needs the call stack, is called twice, or unlearns otherwise
+    than one that the Trainer was made with."""
+    given, joined = timm_vit(), timm_vit()
+    trainer(tmp_path / "given", given, callback()).train()
+    one, run = trainer(tmp_path / "joined", joined, **SAVING), callback()
+    if "add_callback" in how:
+        one.add_callback(run)
+    if "attach" in how:
+
+        def walk() -> None:
+            raise AssertionError("the call stack was walked")
+
+        monkeypatch.setattr(adapter, "_calling_trainer", walk)
+        assert run.attach(one) is run
+    if "twice" in how:
+        run.attach(one)
+    one.train()
+    assert run.report.phase == "finished"
+    assert same_bits(bits_of(given), bits_of(joined))
+    assert one.callback_handler.callbacks.count(run) == 1
+    assert (tmp_path / "joined" / "checkpoint-6" / adapter.FILE).is_file()
+
+
+class Averaging(TrainerCallback):
+    """Writes into the model at the end of the training, as averaging callbacks do."""
+
+    def __init__(self, write: Any) -> None:
+        self.write = write
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        """The write."""
+        with torch.no_grad():
+            self.write(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_callbacks_write_at_the_end_is_reported(first: bool, tmp_path: Path) -> None:
+    """Fails if the report is of the weights before the last event, or a frozen weight that was
+    written there goes unseen."""
+    model, run = timm_vit(), callback()
+    free: dict[str, Tensor] = truth(model)
+
+    def halve_what_trained(model: nn.Module) -> None:
+        for name, p in model.named_parameters():
+            p[free.get(name, torch.zeros_like(p, dtype=torch.bool))] *= 0.5
+
+    one = trainer(tmp_path, model, None if first else run)
+    one.add_callback(Averaging(halve_what_trained))
+    if first:
+        run.attach(one)
+    one.train()
+    assert run.report.model_after == checkpoint.model_digest(model)
+    assert run.report.frozen_entries_moved == 0
+    other, harmed = timm_vit(), callback()
+    one = trainer(tmp_path, other, harmed)
+    one.add_callback(Averaging(lambda model: model.model.head.weight.mul_(0.5)))
+    with pytest.raises(deepclean.GuardError, match=r"model\.head\.weight"):
+        one.train()
+    stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert stored["frozen_entries_moved"] > 0
+
+
+def test_the_run_is_in_a_checkpoint_before_an_older_one_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if with save_total_limit=1 there is a moment without a checkpoint that can be resumed:
+    8 of 30 kills fell into it."""
+    import transformers.trainer as theirs
+
+    complete: list[list[str]] = []
+    rotate = theirs.rotate_checkpoints
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        paths = sorted(tmp_path.glob(f"checkpoint-*/{adapter.FILE}"))
+        whole = [p for p in paths if p.with_name("trainer_state.json").is_file()]
+        complete.append([p.parent.name for p in whole])
+        rotate(*args, **kwargs)
+
+    monkeypatch.setattr(theirs, "rotate_checkpoints", watched)
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer(tmp_path, timm_vit(), callback(), **options).train()
+    assert complete == [
+        ["checkpoint-2"],
+        ["checkpoint-2", "checkpoint-4"],
+        ["checkpoint-4", "checkpoint-6"],
+    ]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_checkpoint_cut_by_a_kill_is_refused_with_the_one_to_take(
+    named: bool, tmp_path: Path
+) -> None:
+    """Fails if a folder without its last file is taken up: the Trainer then starts at step 0, and
+    the weights that have forgotten would be measured and reset as the original's."""
+    one = trainer(tmp_path, timm_vit(), callback(), save_strategy="steps", save_steps=2)
+    one.train()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    again = trainer(tmp_path, timm_vit(), callback())
+    with pytest.raises(BrokenRun, match=r"was cut.*resume_from_checkpoint='.*checkpoint-4'"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6") if named else True)
+    again = trainer(tmp_path, timm_vit(), callback())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_two_lines_on_the_terminal(
+    quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the terminal shows nothing of the run, with bars or without."""
+    run = callback(scores=True)
+    trainer(tmp_path, timm_vit(), run, disable_tqdm=quiet).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "deepclean: " in line]
+    assert len(lines) == 2
+    assert f"report in {tmp_path / 'report.txt'}" in lines[0]
+    assert f"({run.report.selected_fraction:.2%}) selected by deepclean" in lines[0]
+    assert "0 frozen entries moved in 6 optimizer steps, forget accuracy" in lines[1]
+
+
+def test_every_option_reaches_the_run(tmp_path: Path) -> None:
+    """Fails if an option that a session takes is not taken, or not used, by the callback."""
+    counted: list[int] = []
+
+    def collate(samples: Any) -> dict[str, Tensor]:
+        counted.append(len(samples))
+        return deepclean.ImageClassifier.collate(samples)
+
+    run = callback(
+        scores=True,
+        test=TEST,
+        forget_test=FORGET,
+        gold=[timm_vit(), timm_vit()],
+        dead_count=False,
+        batch_size=4,
+        collate_fn=collate,
+        folder=tmp_path / "told",
+    )
+    trainer(tmp_path / "out", timm_vit(), run).train()
+    assert set(run.report.scores["after"]["sets"]) == {"forget", "retain", "test", "forget_test"}
+    assert run.report.dead_fraction is None
+    assert max(counted) == 4
+    assert (tmp_path / "told" / "report.json").is_file()
+    assert not (tmp_path / "out" / "report.json").exists()
+    with pytest.raises(TypeError, match="no option 'golds'; the options are loss_fn"):
+        callback(golds=1)
 
 
 # ---------------------------------------------------------------------------- killed
