@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data.samples import Data
-from deepclean_hooks.integrations.beginning import begin, require_alike, take_up, verified
+from deepclean_hooks.integrations.beginning import begin, require_same_way, take_up, verified
 from deepclean_hooks.integrations.loop import LoopRun
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
@@ -77,6 +77,7 @@ class DeepCleanHook:
         self._inside = False
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
+        require_same_way(resumes=resume is not None)
         if resume is not None:
             with ranks.fail_together():
                 path = Path(resume) / self._file_name()
@@ -87,7 +88,7 @@ class DeepCleanHook:
         methods and settings that need it whole."""
         if self._run is not None or self._loaded is not None:
             raise RuntimeError("this hook has a run already; reset() comes once, before `with`")
-        require_alike(self._method, self._options, resumes=False)
+        require_same_way(resumes=False)
         run = self._session()
         begin(run, self._forget, self._retain)
         self._keep(run)
@@ -157,7 +158,7 @@ class DeepCleanHook:
             self._loaded = (sealed.read(path), path) if path.is_file() else None
 
     def _take_up(self, stored: dict[str, Any], path: Path) -> None:
-        require_alike(self._method, self._options, resumes=True)
+        require_same_way(resumes=True)
         state = verified(self._model, stored, str(path), _WAY_OUT)
         run = self._session()
         take_up(run, state, self._forget, self._retain)

@@ -10,30 +10,17 @@ from torch import nn
 from deepclean_hooks import ranks
 from deepclean_hooks.data.samples import Data
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.method import Method
-from deepclean_hooks.options import Options
 from deepclean_hooks.session import Session
 from deepclean_hooks.stored import checkpoint, sealed
 from deepclean_hooks.stored.sealed import BrokenRun
 
 
-def require_alike(method: Method, options: Options, *, resumes: bool) -> None:
-    """Raises RuntimeError on every rank if they begin differently; all ranks call this.
+def require_same_way(resumes: bool) -> None:
+    """Raises RuntimeError on every rank if some resume and others do not; all ranks call this.
 
-    A rank that resumes, or scores, while another measures would leave it waiting in a collective.
+    A session compares the rest; this comes before a stored run is read and verified.
     """
-    settings = {
-        "resumes": resumes,
-        "method": f"{method.name} {method.settings()}",
-        "norm_statistics": options.get("norm_statistics") or "update",
-        "scores": options.get("scores", True),
-        "dead_count": options.get("dead_count", True),
-        "test": options.get("test") is not None,
-        "forget_test": options.get("forget_test") is not None,
-        "gold": options.get("gold") is not None,
-        "batch_size": options.get("batch_size"),
-    }
-    ranks.require_agreement("how the run begins", str(settings))
+    ranks.require_agreement("the way into the run", "resume" if resumes else "measure")
 
 
 def take_up(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Unpack
 
 from deepclean_hooks.data.samples import Data
-from deepclean_hooks.integrations.beginning import begin, require_alike, take_up
+from deepclean_hooks.integrations.beginning import begin, require_same_way, take_up
 from deepclean_hooks.integrations.run_output import leave_report, write_report
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import DEFAULT
@@ -83,7 +83,7 @@ class UnlearningCallback:
             kept = {**self._kept[1], "model": None}  # it is trained on in this very process
         options = self._read_options(read, progress)
         resumes = stored is not None or kept is not None
-        require_alike(self.method, options, resumes=resumes)
+        require_same_way(resumes)
         forget = None if self._forget is None else read(self._forget)
         if retain is not None and not isinstance(retain, Measurement):
             retain = read(retain)

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data.samples import Data
-from deepclean_hooks.integrations.beginning import begin, require_alike, take_up
+from deepclean_hooks.integrations.beginning import begin, take_up
 from deepclean_hooks.integrations.run_output import leave_report, write_report
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
@@ -72,7 +72,6 @@ class LoopRun(Session):
         folder: str | Path | None = None,
         **options: Unpack[Options],
     ) -> None:
-        self._options = options
         self._folder = None if folder is None else Path(folder)
         self._unfinished = False  # begun by start(), neither finished nor closed
         super().__init__(model, method, **options)
@@ -85,7 +84,6 @@ class LoopRun(Session):
         optimizers: Iterable[Any],
     ) -> None:
         """All phases up to the guard."""
-        require_alike(self.method, self._options, resumes=resume is not None)
         if resume is not None:
             take_up(self, resume, forget, retain)
         else:
@@ -104,6 +102,7 @@ class LoopRun(Session):
 
     def finish(self) -> Report:
         """As `Session.finish`; writes the report into the folder, after an error too."""
+        self._unfinished = False
         try:
             report = super().finish()
         except BaseException:
