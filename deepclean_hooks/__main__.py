@@ -10,7 +10,7 @@ from typing import TextIO
 from deepclean_hooks.report import html, small_sets, stored_report
 from deepclean_hooks.report.verify import printable, shortened, unvouched, verify
 from deepclean_hooks.stored import checkpoint
-from deepclean_hooks.stored.files import written_whole
+from deepclean_hooks.stored.files import write_text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,9 +60,8 @@ def _page(given: argparse.Namespace) -> int:
     output = given.output or given.report.with_suffix(".html")
     report = stored_report.checked(stored_report.load(given.report))
     text = html.page(report if given.exact else small_sets.withheld(report))
-    with written_whole(output) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
-    _say(f"{output}")
+    write_text(output, text)
+    _say(str(output))
     return 0
 
 

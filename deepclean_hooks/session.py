@@ -502,8 +502,10 @@ class Session:
         return findings.of_dead(fraction, layers, self._parameters(), self.method)
 
     def _score(self, when: str, **options: Any) -> Evaluation | str:
+        words = "the original model" if when == "before" else "the unlearned model"
+        options["progress"] = words if self.progress else False
         with self._account.timed("evaluate"):
-            found = scored(self.model, self._sets, self.loss_fn, progress=self.progress, **options)
+            found = scored(self.model, self._sets, self.loss_fn, **options)
         told = found if isinstance(found, str) else found.to_dict()
         self._account.report = replace(self.report, scores={**self.report.scores, when: told})
         return found

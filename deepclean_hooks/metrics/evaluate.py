@@ -91,8 +91,8 @@ def several(gold: Gold | None) -> list[nn.Module | Evaluation]:
     """The gold models or Evaluations one by one; raises TypeError for anything else."""
     if gold is None:
         return []
-    # A model may be a sequence itself: nn.Sequential, nn.ModuleList.
-    several = [gold] if isinstance(gold, nn.Module | Evaluation) else list(gold)
+    # Not whatever can be iterated over: nn.Sequential can, and a path.
+    several: list[Any] = list(gold) if isinstance(gold, list | tuple) else [gold]
     for each in several:
         if not isinstance(each, nn.Module | Evaluation):
             raise TypeError(

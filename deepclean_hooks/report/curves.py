@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from deepclean_hooks.report.stored_report import Document
 from deepclean_hooks.report.svg import Axis, Line, chart, percent
-from deepclean_hooks.stored.files import written_whole
+from deepclean_hooks.stored.files import write_text
 
 MOST_LAYERS = 12
 SETS = {
@@ -68,8 +68,7 @@ def write(drawing: Markup, path: str | os.PathLike[str]) -> None:
             f"curves are written as .svg, got {where.name!r}; for another format draw the sweep's "
             "to_dict() with a plotting library"
         )
-    with written_whole(where) as temporary:
-        Path(temporary).write_text(drawing, encoding="utf-8")
+    write_text(where, drawing)
 
 
 def _gamma(sweep: Document) -> Axis:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deepclean_hooks.report import html, markdown, small_sets
+from deepclean_hooks.report import html, markdown, small_sets, stored_report
 from deepclean_hooks.report.layers import Layer
 from deepclean_hooks.report.stored_report import SCHEMA
 from deepclean_hooks.report.verify import printable
@@ -74,7 +74,8 @@ class Report:
         `withheld` says so: they tell of single samples. An auditor gets them with `exact`.
         """
         told = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        return {**told, "withheld": {}} if exact else small_sets.withheld(told)
+        told = {**told, "withheld": {}} if exact else small_sets.withheld(told)
+        return {**told, "digest": stored_report.digest(told)}
 
     def to_json(self, *, indent: int | None = 2, exact: bool = False) -> str:
         """The report as JSON text; `exact` as in `to_dict`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -84,6 +85,7 @@ _REPORT: dict[Any, Any] = {
     "checkpoint_after": {str: str},
     "tied": ({str: str}, None),
     "gamma_choice": dict,
+    "digest": _TEXT,
 }
 _FORGOTTEN = {"salt": str, "hashes": [str], "repeated": {str: int}}
 _CHOICE = {
@@ -93,6 +95,13 @@ _CHOICE = {
     "original": {str: _SHARE},
     "trials": [_TRIAL],
 }
+
+
+def digest(report: Document) -> str:
+    """SHA-256 over all fields but `digest`, as JSON with sorted names: what was damaged, or edited
+    by someone who did not know of it, is seen."""
+    plain = json.loads(json.dumps({n: v for n, v in report.items() if n != "digest"}, default=str))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 class UnknownSchema(ValueError):
@@ -198,6 +207,7 @@ _DEFAULTS_2: dict[str, Callable[[Document], Any]] = {
     "may_change_entries": lambda report: report.get("selected_entries"),
     "gamma_choice": lambda _: {},
     "tied": lambda _: None,
+    "digest": lambda _: None,
 }
 
 

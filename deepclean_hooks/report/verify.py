@@ -37,6 +37,7 @@ VOUCHED = frozenset(
         "checkpoint_before",
         "checkpoint_after",
         "tied",
+        "digest",
     }
 )
 
@@ -86,6 +87,7 @@ def verify(
     checks = [
         Check("schema", True, str(told["schema"])),
         Check("the run is finished", told["phase"] == "finished", told["phase"]),
+        _own_digest(report),
         *_arithmetic(told),
         *_digest_of_all(told, "before"),
         *_digest_of_all(told, "after"),
@@ -112,6 +114,14 @@ def unvouched(report: Document) -> list[str]:
         for name, value in report.items()
         if name not in VOUCHED and value not in (None, {}, ())
     ]
+
+
+def _own_digest(report: Document) -> Check:
+    what = "digest of the report"
+    if report["schema"] == 2:
+        return Check(what, None, "a report of schema 2 has none")
+    right = report["digest"] == stored_report.digest(report)
+    return Check(what, right, f"{'' if right else 'not '}that of its fields")
 
 
 def _arithmetic(told: Document) -> Iterator[Check]:

@@ -159,7 +159,7 @@ def test_verify_refuses_what_was_altered(
     told = json.loads((stored / "report.json").read_text(encoding="utf-8"))
     state = torch.load(stored / "after.pt", weights_only=True)["model"]
     alter(told, state)
-    (tmp_path / "report.json").write_text(json.dumps(told), encoding="utf-8")
+    (tmp_path / "report.json").write_text(json.dumps(resealed(told)), encoding="utf-8")
     torch.save(state, tmp_path / "after.pt")
     given = [str(tmp_path / "report.json"), str(tmp_path / "after.pt")]
     assert main(["verify", *given, "--original", str(stored / "before.pt")]) == 1
@@ -225,6 +225,11 @@ def run() -> Run:
 
 def wrong(checks: list[Check]) -> list[str]:
     return [str(check) for check in checks if check.right is False]
+
+
+def resealed(told: dict[str, Any]) -> dict[str, Any]:
+    """The report as someone leaves it who edits it with care."""
+    return {**told, "digest": stored_report.digest(told)}
 
 
 def renamed(state: State, change: Callable[[str], str]) -> State:
@@ -462,7 +467,7 @@ def test_forged_figures_are_seen(run: Run, name: str) -> None:
     """Fails if a figure that follows from others can be made another."""
     told = copy.deepcopy(run.told)
     FORGED[name](told)
-    assert wrong(verify(told, run.after))
+    assert wrong(verify(resealed(told), run.after))
 
 
 def test_copies_of_one_sample_have_one_hash_and_a_count() -> None:
@@ -509,13 +514,13 @@ def damaged(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_malformed_reports_end_in_one_line(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Fails if a field of another type ends in a traceback, on the page or in verify."""
     scored = unlearned(copy.deepcopy(original()), gold=gold())
     told = json.loads(dataclasses.replace(scored, **_digests(run)).to_json())
     monkeypatch.setattr(checkpoint, "read", lambda path: run.after)
-    monkeypatch.setattr(Path, "write_text", lambda *args, **kwargs: 0)
+    monkeypatch.chdir(tmp_path)  # pages go there
     refused, accepted, codes = 0, 0, set()
     for what, report in damaged(told):
         try:
@@ -579,7 +584,7 @@ def test_names_of_a_file_are_text_on_the_terminal(
     reading order."""
     told = copy.deepcopy(run.told)
     told["phase"], told["layers"][0]["name"] = trick, trick
-    text = json.dumps(told)
+    text = json.dumps(resealed(told))
     (tmp_path / "r.json").write_text(text, encoding="utf-8")
     torch.save({**run.after, "\x1b[2J": torch.zeros(1)}, tmp_path / "c.pt")
     if "\ud800" not in trick:
@@ -611,7 +616,7 @@ def as_schema_2(told: dict[str, Any]) -> dict[str, Any]:
     """What a report of today would have been in schema 2."""
     old = copy.deepcopy(told)
     old["schema"] = 2
-    del old["tied"], old["withheld"]
+    del old["tied"], old["withheld"], old["digest"]
     forgotten = old["forgotten"]
     for value, count in forgotten.pop("repeated").items():
         forgotten["hashes"] += [value] * (count - 1)
@@ -642,7 +647,9 @@ def test_nothing_vouches_for_the_rest(run: Run, capsys: pytest.CaptureFixture[st
         ("criterion", "x"),
     ):
         assert name in listed
-        assert not wrong(verify({**run.told, name: value}, run.after))
+        edited = {**run.told, name: value}
+        assert not wrong(verify(resealed(edited), run.after))
+        assert "digest of the report" in "".join(wrong(verify(edited, run.after)))
     assert not {"checkpoint_after", "model_after", "layers", "selected_entries"} & set(listed)
 
 
