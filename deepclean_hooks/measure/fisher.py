@@ -126,6 +126,7 @@ def diagonal(
         pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
         engine, ids = pass_.run(request.label("Fisher"))
     sums, samples = _over_ranks(engine, ids, name)
+    _warn_of_unreached_head(inner, sums, name)
     if source.stream is not None and source.stream.changes():
         changing = True
         warnings.warn(changing_warning(name), UserWarning, stacklevel=2)
@@ -152,6 +153,22 @@ def _wanted(request: Request) -> dict[str, nn.Parameter]:
             f"{list(everything)[:3]}; widen the pattern or the predicate"
         )
     return wanted
+
+
+def _warn_of_unreached_head(model: nn.Module, sums: dict[str, Tensor], name: str) -> None:
+    """Warns if the last weight of the model has no gradient though others have: the loss may read
+    features where it should read logits."""
+    weights = [n for n, p in model.named_parameters() if p.dim() > 1]
+    head = sums.get(weights[-1]) if weights else None
+    if head is None or shards.is_shard(head) or head.any() or not ranks.is_first():
+        return
+    if any(not shards.is_shard(total) and total.any() for total in sums.values()):
+        warnings.warn(
+            f"no sample of {name} has a gradient at {weights[-1]}, the last weight of the model; "
+            "check that the loss reads the logits and not the features before them",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass
