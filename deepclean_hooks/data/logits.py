@@ -113,5 +113,7 @@ def _are_probabilities(values: Tensor) -> bool:
     # Two logits of a single sample sum to 1 by chance now and then.
     if len(values) < 2 or torch.equal(values[0], values[-1]) or bool((values < 0).any()):
         return False
+    if not bool(((values > 0) & (values < 1)).any()):
+        return False  # one-hot answers of a rule, no softmax
     rounding = min(1e-2, 4 * values.shape[1] * torch.finfo(values.dtype).eps)
     return bool(((values.sum(1) - 1).abs() < rounding).all())

@@ -9,6 +9,9 @@ from torch import nn
 _REFUSED = {
     "FullyShardedDataParallel": "(FSDP1) flattens parameters into one-dimensional shards, so no "
     "entry can be named or held; use fully_shard() (FSDP2), or unlearn before wrapping",
+    "_StatefulGraphModule": "(torch.export) is a traced program, without an eval mode and without "
+    "the layers that it was made of; unlearn the module that it was exported from, and "
+    "export that again",
     "DeepSpeedEngine": "steps flattened copies of the weights, which no mask of the weights can "
     "hold; use DistributedDataParallel or fully_shard() (FSDP2)",
 }
@@ -17,11 +20,14 @@ _REFUSED = {
 def unwrap(model: nn.Module) -> nn.Module:
     """The innermost module, whose `named_parameters` names are the names used everywhere here.
 
-    Raises ValueError for FSDP1 and DeepSpeed, under which no entry can be named or held.
+    Raises ValueError for FSDP1 and DeepSpeed, under which no entry can be named or held, and for
+    what is no model of this process: exported, offloaded, or spread over devices.
     """
     for module in model.modules():
-        if type(module).__name__ in _REFUSED:
-            raise ValueError(f"{type(module).__name__} {_REFUSED[type(module).__name__]}")
+        for kind in type(module).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise ValueError(f"{kind.__name__} {_REFUSED[kind.__name__]}")
+    _require_one_place(model)
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]  # checked on the line above
@@ -31,6 +37,25 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _require_one_place(model: nn.Module) -> None:
+    places: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(str(parameter.device), []).append(name)
+    if "meta" in places:
+        names = places["meta"]
+        raise ValueError(
+            f"{len(names)} parameters are on the meta device and have no values here, for instance "
+            f"{names[:3]}: the model is offloaded (accelerate, device_map) or was never loaded; "
+            "load it whole onto one device, such as from_pretrained(...) without device_map="
+        )
+    if len(places) > 1:
+        first = {place: names[0] for place, names in places.items()}
+        raise ValueError(
+            f"the parameters are spread over {sorted(places)}, for instance {first}; load the "
+            "model onto one device (without device_map=), or shard it by fully_shard() (FSDP2)"
+        )
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -283,10 +283,10 @@ BAD = {
         r"a batch must be \(x, y\) or a mapping with 'labels', got list of length 3",
     ),
     "mapping without labels": (
-        lambda: [{"pixels": x, "label": y} for x, y in samples()],
+        lambda: [{"pixels": x, "kind": y, "group": y} for x, y in samples()],
         {},
         TypeError,
-        r"needs the key 'labels', got the keys \['label', 'pixels'\]",
+        r"needs the key 'labels', or a single .* got the keys \['group', 'kind', 'pixels'\]",
     ),
     "no data set": (lambda: iter([1]), {}, TypeError, "must be a DataLoader or a Dataset"),
     "repeating sampler": (
