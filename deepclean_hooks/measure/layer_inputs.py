@@ -7,8 +7,9 @@ singular vectors are the eigenvectors of A A^T (D, D), which is a sum over posit
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from deepclean_hooks.data.walk import walk
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request, all_samples
-from deepclean_hooks.model import no_trace
+from deepclean_hooks.model import no_trace, switches
 from deepclean_hooks.persample import windows
 
 # The body of a composite function, whose inner calls are seen: attention's projections are inside.
@@ -51,6 +52,20 @@ class InputGrams(Measurement):
         counts = Counter(mine)
         counts.update({label: sign * count for label, count in theirs.items()})
         return {**self.settings, "classes": {k: n for k, n in sorted(counts.items()) if n}}
+
+
+@contextlib.contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+# Attention's fused path would hide its projections.
+_plain_attention = switches.Switch(_without_fused_attention)
 
 
 @dataclass(frozen=True)
@@ -95,22 +110,16 @@ class LayerInputs(Estimator):
         settings = self.described(request, shapes={n: list(p.shape) for n, p in weights.items()})
         labels: Counter[str] | None = Counter()
         ids: list[int] = []
-        # Attention's fused path would hide its projections.
-        fused = torch.backends.mha.get_fastpath_enabled()
         with no_trace.no_trace(request.model) as inner, no_trace.float32_weights(inner) as dtype:
             grams = Grams(weights, self)
             device = no_trace.device_of(inner)
             label = request.label("layer inputs")
             walked = walk(request.data, device=device, dtype=dtype, progress=label, ids=ids)
-            torch.backends.mha.set_fastpath_enabled(False)
-            try:
-                with torch.no_grad(), ranks.fail_together():
-                    for batch in walked:
-                        labels = _count_labels(labels, batch)
-                        with grams:
-                            request.loss_fn(inner, batch)
-            finally:
-                torch.backends.mha.set_fastpath_enabled(fused)
+            with torch.no_grad(), ranks.fail_together(), _plain_attention():
+                for batch in walked:
+                    labels = _count_labels(labels, batch)
+                    with grams:
+                        request.loss_fn(inner, batch)
         _complete(grams.sums, self.accumulate, device)
         return _over_ranks(grams.sums, ids, labels, settings)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import ranks
+from deepclean_hooks.model import random_state, switches
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp
 
@@ -58,10 +59,16 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
 
     Put back, after an exception too: the train/eval mode of every module, requires_grad, buffers
     bit for bit, caches that a module drops in `train()` (LeViT keeps its attention biases), the
-    random state of the CPU and of the model's GPU, TF32. `.grad` is never written in between:
-    measuring uses `torch.autograd.grad`.
+    random state of torch (on the CPU and on the model's GPU), numpy and Python, TF32. `.grad` is
+    never written in between: measuring uses `torch.autograd.grad`. A second thread with the same
+    model waits.
     """
     inner = unwrap(model)
+    with switches.alone(inner):
+        yield from _no_trace(inner)
+
+
+def _no_trace(inner: nn.Module) -> Iterator[nn.Module]:
     fsdp.settle(inner)
     modes = [(module, module.training) for module in inner.modules()]
     wants = [(p, p.requires_grad) for p in inner.parameters()]
@@ -69,14 +76,14 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
     checkpointing = _checkpointing(inner)
     devices = [device_of(inner)] if device_of(inner).type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(random_state.kept(devices=devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device_of(inner).type, enabled=False))
         stack.enter_context(whole_float32())
         # A compiled region is opaque to the interception of torch functions: 2 or more graphs, no
         # parameters.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_nothing_compiled())
         stack.enter_context(_own_forward(inner))
         try:
             inner.train()  # drops caches of derived weights that an earlier eval pass left behind
@@ -122,8 +129,7 @@ def own_precision(model: nn.Module, *, evaluates: bool) -> Iterator[torch.dtype 
 
 
 @contextlib.contextmanager
-def whole_float32() -> Iterator[None]:
-    """Switches TF32 off for a while: it keeps 10 of float32's 23 fraction bits in products."""
+def _without_tf32() -> Iterator[None]:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     try:
         flags = matmul.allow_tf32, cudnn.allow_tf32
@@ -144,6 +150,11 @@ def whole_float32() -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = flags
+
+
+# TF32 keeps 10 of float32's 23 fraction bits in products.
+whole_float32 = switches.Switch(_without_tf32)
+_nothing_compiled = switches.Switch(lambda: torch.compiler.set_stance("force_eager"))
 
 
 @contextlib.contextmanager

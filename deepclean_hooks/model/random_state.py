@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,22 +12,49 @@ import torch
 
 PutBack = Callable[[], object]
 
+_LOCK = threading.Lock()
+_INSIDE: dict[int, int] = {}  # thread -> how many blocks it is in
+_FIRST: list[PutBack] = []  # the state before the first of the threads that are inside
+
 
 @contextmanager
-def kept(*holders: object) -> Iterator[None]:
-    """Puts back, at the end, what torch (on the CPU), numpy and random draw from.
+def kept(*holders: object, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Puts back, at the end, what torch (on the CPU and these GPUs), numpy and random draw from.
 
     `holders` are objects such as samplers: the generators and the plain numbers among their
-    attributes, such as the number of an epoch, are put back too.
+    attributes, such as the number of an epoch, are put back too. Where several threads are inside,
+    the last puts back what was there before the first.
     """
-    back = [_torch(torch.default_generator), _numpy(), _python()]
-    for holder in holders:
-        back += _attributes(holder)
+    thread = threading.get_ident()
+    with _LOCK:
+        back = _process(devices)
+        if not _INSIDE:
+            _FIRST[:] = back
+        _INSIDE[thread] = _INSIDE.get(thread, 0) + 1
+        own = [put_back for holder in holders for put_back in _attributes(holder)]
     try:
         yield
     finally:
-        for put_back in back:
-            put_back()
+        with _LOCK:
+            _INSIDE[thread] -= 1
+            if not _INSIDE[thread]:
+                del _INSIDE[thread]
+            if not _INSIDE:
+                back = _FIRST
+            elif set(_INSIDE) != {thread}:
+                back = []
+            for put_back in [*back, *own]:
+                put_back()
+
+
+def _process(devices: Sequence[torch.device]) -> list[PutBack]:
+    gpus = [_gpu(device) for device in devices]
+    return [_torch(torch.default_generator), _numpy(), _python(), *gpus]
+
+
+def _gpu(device: torch.device) -> PutBack:
+    state = torch.cuda.get_rng_state(device)
+    return lambda: torch.cuda.set_rng_state(state, device)
 
 
 def draw_others() -> None:
