@@ -261,6 +261,30 @@ def check_a_run_resumes(method: Method) -> None:
     _require(_same(_bits(whole), _bits(second)), "the resumed run ended elsewhere")
 
 
+def check_a_closure_is_a_loop(method: Method) -> None:
+    """A loop whose gradients are computed inside the step ends where a plain one does."""
+    if method.own_training:
+        return  # unlearn() drives these from end to end
+    ends = []
+    for train in (_train, _train_by_closures):
+        model = network()
+        with _guarded(method, model):
+            train(model, _sgd(model), 3)
+        ends.append(_bits(model))
+    _require(_same(*ends), "the loop with a closure ended elsewhere")
+
+
+def check_the_random_state_is_the_loops(method: Method) -> None:
+    """While the loop trains, nothing draws from the random state but the loop itself."""
+    if method.own_training:
+        return
+    model = network()
+    with _guarded(method, model):
+        random = torch.get_rng_state()
+        _train(model, _sgd(model), 2)
+        _require(torch.equal(torch.get_rng_state(), random), "a step drew from the random state")
+
+
 CHECKS: tuple[Callable[[Method], None], ...] = (
     check_settings,
     check_measuring_leaves_no_trace,
@@ -273,6 +297,8 @@ CHECKS: tuple[Callable[[Method], None], ...] = (
     check_report_is_json,
     check_two_runs_are_the_same,
     check_a_run_resumes,
+    check_a_closure_is_a_loop,
+    check_the_random_state_is_the_loops,
 )
 
 
@@ -321,6 +347,21 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _train_by_closures(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    model.train()
+    x, y = sets()[1].tensors
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Any = F.cross_entropy(model(x[part]), y[part])
+        loss.backward()
+        return loss  # type: ignore[no-any-return]  # a tensor
+
+    for step in range(steps):
+        part = slice(8 * step, 8 * step + 8)
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch asks for a float, and takes this
 
 
 def _bits(model: nn.Module) -> dict[str, Tensor]:

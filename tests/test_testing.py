@@ -15,6 +15,7 @@ from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods import DeepClean, FineTune, Mask, Selection
+from deepclean_hooks.methods.term import Term
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the reset entries are dead:UserWarning")
 
@@ -191,6 +192,29 @@ class Restless(FineTune):
         return {n: torch.rand(m.shape) > 0.5 for n, m in selection.masks.items()}
 
 
+class Changing(Term):
+    """Adds another gradient each time, or draws from the loop's random state."""
+
+    draws = False
+
+    def __init__(self, change: Callable[[], float]) -> None:
+        self.change = change
+
+    def adjust(self, stepped: Mapping[str, Tensor], step: int) -> None:
+        for tensor in stepped.values():
+            tensor.grad += self.change()
+
+
+@dataclass(frozen=True)
+class Unsteady(Honest):
+    """Has a term that changes; how is the row's."""
+
+    change: Callable[[], float] = float
+
+    def term(self) -> Term:
+        return Changing(self.change)
+
+
 @dataclass(frozen=True)
 class Forgetful(Honest):
     """Has another setting each time, so that a stored run is never its own."""
@@ -243,6 +267,11 @@ BROKEN = {
     "no name": (Nameless(), testing.check_report_is_json),
     "two runs": (Restless(), testing.check_two_runs_are_the_same),
     "resume": (Forgetful(), testing.check_a_run_resumes),
+    "a closure": (Unsteady(change=lambda: float(next(calls))), testing.check_a_closure_is_a_loop),
+    "random state": (
+        Unsteady(change=lambda: float(torch.rand(()))),
+        testing.check_the_random_state_is_the_loops,
+    ),
 }
 
 

@@ -80,6 +80,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+ADDITIVE: dict[str, deepclean.Method] = {
+    "ReferenceGuided": deepclean.ReferenceGuided(TEST),
+    "ReferenceGuided, mean": deepclean.ReferenceGuided(TEST, "mean"),
+    "ReferenceGuided, W_f": deepclean.ReferenceGuided(TEST, train=METHOD),
+    "ReferenceGuided, reset": deepclean.ReferenceGuided(TEST, train=METHOD, reset=True),
+    "NegGradPlus": deepclean.NegGradPlus(),
+    "RandomLabel": deepclean.RandomLabel(),
+    "Amnesiac": deepclean.Amnesiac(),
+    "SalUn": deepclean.SalUn(),
+    "BadTeaching": deepclean.BadTeaching(build=timm_vit),
+    "L1Sparse": deepclean.L1Sparse(epochs=2, steps_per_epoch=3),
+    "MSG": deepclean.MSG(),
+}
+"""Methods that add a term to the loop's loss; compared with those there are by a test."""
+
+
 def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
     """Seeded arguments for 6 steps with decay and clipping on the CPU, nothing saved, no bars."""
     settings = {
