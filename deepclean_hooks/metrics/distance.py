@@ -23,9 +23,9 @@ class Measured:
     gold_to_gold: float | None = None
 
 
-def js_divergence(one: Tensor, other: Tensor) -> Tensor:
+def js_divergence(first: Tensor, second: Tensor) -> Tensor:
     """Jensen-Shannon divergence of each sample's two softmax outputs in bits, (N,), 0 to 1."""
-    p, q = (torch.log_softmax(logits.double(), dim=1) for logits in (one, other))
+    p, q = (torch.log_softmax(logits.double(), dim=1) for logits in (first, second))
     middle = torch.logaddexp(p, q) - math.log(2)
     # Summed over the classes: kl_div's "mean", as in SSD's code, divides by C as well.
     divergence = (_kl(p, middle) + _kl(q, middle)) / 2
@@ -37,15 +37,15 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(p.exp() > 0, terms, 0.0).sum(dim=1)
 
 
-def activation_distance(one: Tensor, other: Tensor) -> Tensor:
+def activation_distance(first: Tensor, second: Tensor) -> Tensor:
     """Euclidean distance of each sample's two softmax outputs, (N,), 0 to sqrt(2)."""
-    p, q = (torch.softmax(logits.double(), dim=1) for logits in (one, other))
+    p, q = (torch.softmax(logits.double(), dim=1) for logits in (first, second))
     return (p - q).square().sum(dim=1).sqrt()
 
 
-def agreement(one: Tensor, other: Tensor) -> Tensor:
+def agreement(first: Tensor, second: Tensor) -> Tensor:
     """Per sample 100 where both predict the same class and 0 where not, (N,): mean in per cent."""
-    return 100 * (one.argmax(dim=1) == other.argmax(dim=1)).double()
+    return 100 * (first.argmax(dim=1) == second.argmax(dim=1)).double()
 
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -73,25 +73,25 @@ ZRF = (
 )
 
 
-def to_gold(own: Tensor | None, golds: list[Tensor | None], why: str) -> dict[str, Measured]:
+def to_gold(logits: Tensor | None, golds: list[Tensor | None], why: str) -> dict[str, Measured]:
     """Each figure of TO_GOLD as the mean over gold models, and between these; `why` none."""
-    known = [one for one in golds if one is not None]
-    found = {}
+    known = [gold for gold in golds if gold is not None]
+    distances = {}
     for name, (meaning, distance) in TO_GOLD.items():
-        if own is None or not known:
-            found[name] = Measured(meaning, reason=why)
+        if logits is None or not known:
+            distances[name] = Measured(meaning, reason=why)
             continue
         pairs = [(a, b) for i, a in enumerate(known) for b in known[:i]]
         among = [float(distance(a, b).mean()) for a, b in pairs]
-        value = sum(float(distance(own, one).mean()) for one in known) / len(known)
-        found[name] = Measured(
+        value = sum(float(distance(logits, gold).mean()) for gold in known) / len(known)
+        distances[name] = Measured(
             meaning, value, gold_to_gold=sum(among) / len(among) if among else None
         )
-    return found
+    return distances
 
 
-def zrf(own: Tensor | None, untrained: Tensor | None, why: str) -> Measured:
+def zrf(logits: Tensor | None, untrained: Tensor | None, why: str) -> Measured:
     """Zero retrain forgetting of a model's logits against an untrained model's."""
-    if own is None or untrained is None:
+    if logits is None or untrained is None:
         return Measured(ZRF, reason=why)
-    return Measured(ZRF, 1 - float(js_divergence(own, untrained).mean()))
+    return Measured(ZRF, 1 - float(js_divergence(logits, untrained).mean()))

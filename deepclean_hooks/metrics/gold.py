@@ -44,8 +44,8 @@ class Spread:
 
 def spreads(golds: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
     """The spread of each figure that every gold model has."""
-    shared = [name for name in golds[0] if all(name in one for one in golds)] if golds else []
-    return {name: _spread([one[name] for one in golds]) for name in shared}
+    shared = [name for name in golds[0] if all(name in gold for gold in golds)] if golds else []
+    return {name: _spread([gold[name] for gold in golds]) for name in shared}
 
 
 def _spread(values: list[float]) -> Spread:
@@ -63,9 +63,9 @@ def average_gap(gaps: Mapping[str, float], golds: Sequence[Mapping[str, float]])
             AVERAGE_GAP, reason=reason if golds else "it needs a gold model: pass gold="
         )
     pairs = [
-        statistics.fmean(abs(one[name] - other[name]) for name in AVERAGED)
-        for i, one in enumerate(golds)
-        for other in golds[:i]
+        statistics.fmean(abs(first[name] - second[name]) for name in AVERAGED)
+        for i, first in enumerate(golds)
+        for second in golds[:i]
     ]
     value = statistics.fmean(abs(gaps[name]) for name in AVERAGED)
     return Measured(AVERAGE_GAP, value, gold_to_gold=statistics.fmean(pairs) if pairs else None)

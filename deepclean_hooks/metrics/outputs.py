@@ -101,12 +101,12 @@ def collect(
 def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
     """The columns of Outputs from labels to margin for logits (N, C) and labels (N,): (N, 8)."""
     logits = logits.double()
-    own = labels.unsqueeze(1)  # (N, 1)
+    label = labels.unsqueeze(1)  # (N, 1)
     log_p = torch.log_softmax(logits, dim=1)  # (N, C)
     p = log_p.exp()
-    others = logits.scatter(1, own, -torch.inf)
-    p_own, p_others = p.gather(1, own).squeeze(1), p.scatter(1, own, 0.0)
-    log_p_own = log_p.gather(1, own).squeeze(1)
+    others = logits.scatter(1, label, -torch.inf)
+    p_own, p_others = p.gather(1, label).squeeze(1), p.scatter(1, label, 0.0)
+    log_p_own = log_p.gather(1, label).squeeze(1)
     # Song and Mittal: log(1 - p_j) for the wrong classes, log p_y times 1 - p_y for the right one.
     wrong = torch.xlogy(p_others, 1 - p_others).sum(dim=1)
     right = torch.nan_to_num(p_others.sum(dim=1) * log_p_own, nan=0.0)
@@ -118,7 +118,7 @@ def scores_of(logits: Tensor, labels: Tensor) -> Tensor:
         -(wrong + right),
         p_own,
         p.max(dim=1).values,
-        logits.gather(1, own).squeeze(1) - torch.logsumexp(others, dim=1),
+        logits.gather(1, label).squeeze(1) - torch.logsumexp(others, dim=1),
     ]
     return torch.stack(columns, 1)
 
@@ -174,8 +174,8 @@ class _Kept:
     def _keep_features(self, logits: Tensor, seen: list[tuple[Tensor, Tensor]]) -> None:
         if self.features is None:
             return
-        found = [x for x, y in seen if y.data_ptr() == logits.data_ptr() or _same(y, logits)]
-        if not found:
+        before = [x for x, y in seen if y.data_ptr() == logits.data_ptr() or _same(y, logits)]
+        if not before:
             self.features = None
             self.reasons.append(
                 "no linear layer of the model gives the logits, so there are no features before it"
@@ -185,7 +185,7 @@ class _Kept:
         at = rank + world * torch.arange(self.count, self.count + len(logits))
         wanted = _spread(at, self.total)
         self.positions.append(at[wanted])
-        kept = found[-1][: len(logits)].flatten(1)[wanted.to(logits.device)]
+        kept = before[-1][: len(logits)].flatten(1)[wanted.to(logits.device)]
         self.features.append(kept.float().to("cpu"))
 
     def outputs(self) -> Outputs:
@@ -194,11 +194,11 @@ class _Kept:
         if not len(table):
             raise ValueError(f"{self.name} is empty: its loader gave 0 samples")
         columns = table.unbind(1)
-        reasons = {one: None for part in ranks.gather(self.reasons) for one in part}
+        reasons = {reason: None for part in ranks.gather(self.reasons) for reason in part}
         logits = _in_index_order(_all(self.logits))
         features, positions = _all(self.features), ranks.gather(self.positions)
         if features:
-            at = torch.cat([one for part in positions for one in part])
+            at = torch.cat([where for part in positions for where in part])
             order = at.argsort()
             whole = torch.cat(features)[order]
         labels, predicted, loss, entropy, modified, confidence, highest, margin = columns
@@ -218,8 +218,8 @@ class _Kept:
         )
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
 
 
 def _spread(at: Tensor, total: int | None) -> Tensor:

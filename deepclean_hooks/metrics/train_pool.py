@@ -69,8 +69,8 @@ def _loaded(paths: list[Path], build: Callable[[], nn.Module]) -> Iterator[nn.Mo
 
 
 def _name(seed: int, indices: tuple[int, ...]) -> str:
-    told = hashlib.sha256(repr(indices).encode()).hexdigest()[:16]
-    return f"seed{seed}-{len(indices)}-{told}.pt"
+    digest = hashlib.sha256(repr(indices).encode()).hexdigest()[:16]
+    return f"seed{seed}-{len(indices)}-{digest}.pt"
 
 
 def _write(model: nn.Module, path: Path) -> None:

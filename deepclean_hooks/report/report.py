@@ -73,9 +73,9 @@ class Report:
         Losses, classes and attacks of sets and classes of fewer than ten samples are left out, and
         `withheld` says so: they tell of single samples. An auditor gets them with `exact`.
         """
-        told = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        told = {**told, "withheld": {}} if exact else small_sets.withheld(told)
-        return {**told, "digest": stored_report.digest(told)}
+        whole = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        shown = {**whole, "withheld": {}} if exact else small_sets.withheld(whole)
+        return {**shown, "digest": stored_report.digest(shown)}
 
     def to_json(self, *, indent: int | None = 2, exact: bool = False) -> str:
         """The report as JSON text; `exact` as in `to_dict`."""

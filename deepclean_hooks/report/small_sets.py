@@ -77,7 +77,7 @@ def evaluation(score: Document) -> dict[str, Any]:
     }
     kept["histograms"] = {n: counts for n, counts in score["histograms"].items() if n not in small}
     if few:
-        kept["attacks"] = {name: _attack(name, one) for name, one in score["attacks"].items()}
+        kept["attacks"] = {name: _attack(name, each) for name, each in score["attacks"].items()}
         kept["distances"] = {
             name: {**far, "value": None, "gold_to_gold": None, "reason": WHY}
             if name != "completeness"

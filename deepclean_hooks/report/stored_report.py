@@ -74,6 +74,7 @@ _REPORT: dict[Any, Any] = {
     "norm_statistics": _TEXT,
     "optimizer_steps": _COUNT,
     "frozen_entries_moved": _COUNT,
+    "restored_entries": _COUNT,
     "model_before": _TEXT,
     "model_after": _TEXT,
     "seconds": {str: float},
@@ -208,6 +209,7 @@ _DEFAULTS_2: dict[str, Callable[[Document], Any]] = {
     "gamma_choice": lambda _: {},
     "tied": lambda _: None,
     "digest": lambda _: None,
+    "restored_entries": lambda _: None,
 }
 
 

@@ -15,8 +15,8 @@ from deepclean_hooks.report.stored_report import Document
 from deepclean_hooks.stored import bits, checkpoint
 from deepclean_hooks.stored.naming import naming
 
-# The share of a layer's W_f that may hold its old value in the end, and in half precision, where an
-# entry comes back to its bits by chance once in some hundreds, a few more.
+# The share of W_f that may hold its old value in the end, and in half precision, where an entry
+# comes back to its bits by chance once in some hundreds, a few more.
 RETURNED = 0.05
 RETURNED_HALF = 8
 _SHOWN = 3
@@ -37,6 +37,7 @@ VOUCHED = frozenset(
         "checkpoint_before",
         "checkpoint_after",
         "tied",
+        "restored_entries",
         "digest",
     }
 )
@@ -81,29 +82,29 @@ def verify(
     its place in the file. Raises ValueError for a malformed report.
     """
     try:
-        told = stored_report.checked(report)
+        current = stored_report.checked(report)
     except stored_report.UnknownSchema as reason:
         return [Check("schema", False, str(reason))]
     checks = [
-        Check("schema", True, str(told["schema"])),
-        Check("the run is finished", told["phase"] == "finished", told["phase"]),
+        Check("schema", True, str(current["schema"])),
+        Check("the run is finished", current["phase"] == "finished", current["phase"]),
         _own_digest(report),
-        *_arithmetic(told),
-        *_digest_of_all(told, "before"),
-        *_digest_of_all(told, "after"),
+        *_arithmetic(current),
+        *_digest_of_all(current, "before"),
+        *_digest_of_all(current, "after"),
     ]
-    ours = _Side("unlearned model", "after", told, after, state)
+    ours = _Side("unlearned model", "after", current, after, state)
     checks += ours.checks
-    checks += _entries(told, ours.tensors)
+    checks += _entries(current, ours.tensors)
     checks.append(ours.originals())
     if before is None:
         words = "pass --original with the checkpoint of the original model"
         checks.append(Check("what changed", None, words))
         return checks
-    theirs = _Side("original model", "before", told, before, None)
+    theirs = _Side("original model", "before", current, before, None)
     checks += theirs.checks
-    checks += _changes(told, theirs.tensors, ours.tensors)
-    checks += _returned(told, theirs.tensors, ours.tensors)
+    checks += _changes(current, theirs.tensors, ours.tensors)
+    checks += _returned(current, theirs.tensors, ours.tensors)
     return checks
 
 
@@ -124,41 +125,49 @@ def _own_digest(report: Document) -> Check:
     return Check(what, right, f"{'' if right else 'not '}that of its fields")
 
 
-def _arithmetic(told: Document) -> Iterator[Check]:
+def _arithmetic(report: Document) -> Iterator[Check]:
     """What a report says in two places must be the same in both."""
-    layers = told["layers"]
+    layers = report["layers"]
     selected, entries, may_change = (
         sum(layer[key] for layer in layers) for key in ("selected", "entries", "may_change")
     )
-    yield _equal("selected entries, layer by layer", selected, told["selected_entries"])
-    yield _equal("trainable entries, layer by layer", entries, told["trainable_entries"])
-    yield _equal("entries that may change, layer by layer", may_change, told["may_change_entries"])
+    yield _equal("selected entries, layer by layer", selected, report["selected_entries"])
+    yield _equal("trainable entries, layer by layer", entries, report["trainable_entries"])
+    yield _equal(
+        "entries that may change, layer by layer", may_change, report["may_change_entries"]
+    )
     wrong = [
         layer["name"]
         for layer in layers
         if not 0 <= layer["selected"] <= layer["may_change"] <= layer["entries"]
     ]
     yield _none_of("selected entries are among those that may change", wrong, "in every layer")
-    fraction = told["selected_fraction"]
+    fraction = report["selected_fraction"]
     if fraction is not None and entries:
         right = math.isclose(fraction, selected / entries)
         yield Check("selected fraction", right, f"{fraction:.6f}")
-    yield _equal("frozen entries that moved", 0, told["frozen_entries_moved"])
-    yield _hashes(told)
-    after = told["scores"].get("after")
+    yield _equal("frozen entries that moved", 0, report["frozen_entries_moved"])
+    restored = report.get("restored_entries")
+    if restored is not None:
+        few = restored <= RETURNED_HALF and 2 * restored <= selected
+        right = few or restored <= RETURNED * selected
+        words = f"{restored} of {selected} hold their original value by the report's own count"
+        yield Check("W_f did not come back", right, words)
+    yield _hashes(report)
+    after = report["scores"].get("after")
     if isinstance(after, Mapping) and after["gaps"]:
         yield _gaps(after)
 
 
-def _hashes(told: Document) -> Check:
-    forgotten = told["forgotten"]
+def _hashes(report: Document) -> Check:
+    forgotten = report["forgotten"]
     hashes, repeated = forgotten.get("hashes", []), forgotten.get("repeated", {})
     count = len(hashes) + sum(times - 1 for times in repeated.values())
     wrong = [value for value in hashes if not re.fullmatch("[0-9a-f]{24}", value)]
     wrong += [value for value, times in repeated.items() if times < 2 or value not in hashes]
     if wrong or len(set(hashes)) < len(hashes):
         return Check("hashes of forgotten samples", False, "not distinct hashes of 24 hex digits")
-    return _equal("hashes of forgotten samples", count, told["forget_samples"])
+    return _equal("hashes of forgotten samples", count, report["forget_samples"])
 
 
 def _gaps(after: Document) -> Check:
@@ -173,11 +182,11 @@ def _gaps(after: Document) -> Check:
     return _none_of("gaps are figure minus gold", wrong, f"{len(after['gaps'])} gaps")
 
 
-def _equal(what: str, computed: object, told: object) -> Check:
-    if told is None:
+def _equal(what: str, computed: object, reported: object) -> Check:
+    if reported is None:
         return Check(what, None, "the report has no such figure")
-    right = computed == told
-    return Check(what, right, str(computed) if right else f"{computed}, the report says {told}")
+    right = computed == reported
+    return Check(what, right, str(computed) if right else f"{computed}, the report says {reported}")
 
 
 def _none_of(what: str, wrong: list[str], right: str) -> Check:
@@ -194,15 +203,15 @@ class _Side:
     tied tensor has its first one."""
 
     def __init__(
-        self, which: str, when: str, told: Document, loaded: Any, state: str | None
+        self, which: str, when: str, report: Document, loaded: Any, state: str | None
     ) -> None:
-        self.which, self.report, self.loaded = which, told, loaded
-        self.told: Mapping[str, str] = told[f"checkpoint_{when}"]
-        self.tied = _alike(told) if told["tied"] is None else told["tied"]
+        self.which, self.report, self.loaded = which, report, loaded
+        self.reported: Mapping[str, str] = report[f"checkpoint_{when}"]
+        self.tied = _alike(report) if report["tied"] is None else report["tied"]
         self.tensors: dict[str, Tensor] = {}
         self.checks: list[Check] = []
         self._digests: dict[int, str] = {}
-        if not self.told:
+        if not self.reported:
             words = "the report has no digests of them"
             self.checks.append(Check(f"tensors of the {which}", False, words))
             return
@@ -237,25 +246,25 @@ class _Side:
                 places = ", ".join(map(repr, every))
                 raise ValueError(f"no state_dict stands under {state!r}; there are {places}")
             return {state: every[state]}
-        fitting = {place: one for place, one in every.items() if self._fits(one)}
+        fitting = {place: held for place, held in every.items() if self._fits(held)}
         return fitting or dict([max(every.items(), key=lambda item: len(item[1]))])
 
     def _fits(self, tensors: Mapping[str, Tensor]) -> bool:
         # Masks and counts of a stored run may have the names of weights.
         weights = {name: "" for name, tensor in tensors.items() if tensor.is_floating_point()}
-        if naming(weights, self.told).model:
+        if naming(weights, self.reported).model:
             return True
-        known = set(self.told.values())
+        known = set(self.reported.values())
         return any(_says_something(t) and self.digest(t) in known for t in tensors.values())
 
     def _compare(self, place: str, tensors: Mapping[str, Tensor]) -> None:
         what = f"tensors of the {self.which}" + (f" under {place!r}" if place else "")
         stored = {name: self.digest(tensor) for name, tensor in sorted(tensors.items())}
-        names = naming(stored, self.told)
+        names = naming(stored, self.reported)
         by_name = {model: name for name, model in names.model.items()}
         absent = self._absent(set(by_name))
         strange = [name for name in stored if name not in names.model]
-        differing = [n for n, name in by_name.items() if stored[name] != self.told[n]]
+        differing = [n for n, name in by_name.items() if stored[name] != self.reported[n]]
         left_out = [] if strange or differing else self._left_out(absent, set(by_name))
         if not self.tensors:
             self.tensors = {self.tied.get(n, n): tensors[name] for n, name in by_name.items()}
@@ -280,7 +289,7 @@ class _Side:
     def _absent(self, present: set[str]) -> list[str]:
         """What is in no form in the file. A tied tensor that is stored once is there."""
         there = {self.tied.get(name, name) for name in present}
-        return [name for name in self.told if self.tied.get(name, name) not in there]
+        return [name for name in self.reported if self.tied.get(name, name) not in there]
 
     def _left_out(self, absent: list[str], present: set[str]) -> list[str]:
         """The absent ones, if the file is that of an adapter: all that was trained and no more."""
@@ -291,12 +300,12 @@ class _Side:
         return absent if adapter and unchanged and present else []
 
 
-def _alike(told: Document) -> dict[str, str]:
+def _alike(report: Document) -> dict[str, str]:
     """Of a report of schema 2, which does not say what is tied: a name that is no layer and has
     before and after the digests of a layer, and of one only."""
-    before, after = told["checkpoint_before"], told["checkpoint_after"]
+    before, after = report["checkpoint_before"], report["checkpoint_after"]
     listed: dict[Any, list[str]] = {}
-    for layer in told["layers"]:
+    for layer in report["layers"]:
         content = before.get(layer["name"]), after.get(layer["name"])
         listed.setdefault(content, []).append(layer["name"])
     layers = {name for names in listed.values() for name in names}
@@ -308,15 +317,15 @@ def _alike(told: Document) -> dict[str, str]:
     return tied
 
 
-def _digest_of_all(told: Document, when: str) -> Iterator[Check]:
+def _digest_of_all(report: Document, when: str) -> Iterator[Check]:
     """The digest that page and card print: of the digests, tensor by tensor."""
     what = f"digest of the model {when}, as page and card print it"
-    if told[f"model_{when}"] is None:
+    if report[f"model_{when}"] is None:
         return
-    if told["schema"] == 2:  # over the tensors themselves, some of which no checkpoint holds
+    if report["schema"] == 2:  # over the tensors themselves, some of which no checkpoint holds
         yield Check(what, None, "a report of schema 2 does not say what it covers")
         return
-    right = told[f"model_{when}"] == bits.combined(told[f"checkpoint_{when}"])
+    right = report[f"model_{when}"] == bits.combined(report[f"checkpoint_{when}"])
     yield Check(what, right, f"{'' if right else 'not '}that of the tensors' digests")
 
 
@@ -325,27 +334,27 @@ def _says_something(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and bool((tensor != tensor.reshape(-1)[0]).any())
 
 
-def _entries(told: Document, state: Mapping[str, Tensor]) -> Iterator[Check]:
+def _entries(report: Document, state: Mapping[str, Tensor]) -> Iterator[Check]:
     wrong = [
         layer["name"]
-        for layer in told["layers"]
+        for layer in report["layers"]
         if layer["name"] in state and state[layer["name"]].numel() != layer["entries"]
     ]
     yield _none_of("sizes of the layers", wrong, "as in the checkpoint")
 
 
 def _changes(
-    told: Document, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    report: Document, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> Iterator[Check]:
     """No more entries of a layer may differ than were selected or free, and none of the others."""
-    open_to = {layer["name"]: layer["may_change"] for layer in told["layers"]}
+    open_to = {layer["name"]: layer["may_change"] for layer in report["layers"]}
     changed = {name: _differing(before[name], after[name]) for name in before if name in after}
     weights = {name: count for name, count in changed.items() if name in open_to}
     wrong = [f"{n} ({c} changed, {open_to[n]} might)" for n, c in weights.items() if c > open_to[n]]
     words = "weights differ, no more in any layer than were selected or free to train there"
     yield _none_of("changed weights", wrong, f"{sum(weights.values())} {words}")
     rest = [name for name, count in changed.items() if count and name not in open_to]
-    if told["norm_statistics"] == "freeze":
+    if report["norm_statistics"] == "freeze":
         yield _none_of("all else", rest, "unchanged, bit for bit")
     else:
         note = f"{len(rest)} buffers changed, which norm_statistics='update' allows"
@@ -353,14 +362,14 @@ def _changes(
 
 
 def _returned(
-    told: Document, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    report: Document, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> Iterator[Check]:
     """How many entries of W_f hold their original value again, at least: as many as were selected
     in a layer and cannot be among those that differ. Entries that were 0 do not count."""
     what = "W_f is not what it was before"
     back: dict[str, int] = {}
     most: dict[str, float] = {}
-    for layer in told["layers"]:
+    for layer in report["layers"]:
         name, selected = layer["name"], layer["selected"]
         if selected and name in before and name in after:
             tensor = before[name]
@@ -368,13 +377,13 @@ def _returned(
             back[name] = max(same, 0)
             most[name] = RETURNED * selected + (RETURNED_HALF if tensor.element_size() < 4 else 0)
     total = sum(back.values())
-    if told["effect"] == "reset to 0":
+    if report["effect"] == "reset to 0":
         wrong = [f"{name} ({count} entries)" for name, count in back.items() if count > most[name]]
         words = f"{total} entries hold their original value"
         yield Check(what, not wrong, f"{words}: {_listed(wrong)}" if wrong else f"at least {words}")
     elif back:
-        same = total > 0 and total == told["selected_entries"]
-        words = f"entries that were {told['effect']}"
+        same = total > 0 and total == report["selected_entries"]
+        words = f"entries that were {report['effect']}"
         yield Check(what, None if not same else False, f"{total} {words} hold their original value")
 
 

@@ -85,8 +85,8 @@ def read(path: str | os.PathLike[str]) -> Any:
         with torch.serialization.safe_globals(_inert(where)):
             return torch.load(where, map_location="cpu", weights_only=True)
     except Exception as reason:  # neither library has an error of its own for a damaged file
-        told = " ".join(str(reason).split()) or type(reason).__name__
-        raise ValueError(f"{where} cannot be read as a checkpoint: {told[:200]}") from reason
+        words = " ".join(str(reason).split()) or type(reason).__name__
+        raise ValueError(f"{where} cannot be read as a checkpoint: {words[:200]}") from reason
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:

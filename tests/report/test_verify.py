@@ -457,6 +457,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
     "copies counted": lambda r: r["forgotten"].update(
         hashes=r["forgotten"]["hashes"][:1], repeated={r["forgotten"]["hashes"][1]: 150}
     ),
+    "W_f back": lambda r: r.update(restored_entries=r["selected_entries"]),
     "negative selection": lambda r: r["layers"][0].update(selected=-1),
     "a digest left out": lambda r: r["checkpoint_after"].pop("head.bias"),
 }
