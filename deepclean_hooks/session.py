@@ -6,10 +6,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
@@ -22,7 +22,7 @@ from deepclean_hooks.measure import dead
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Measured, measured, require_of_use
 from deepclean_hooks.measure.usable import require_usable
-from deepclean_hooks.methods.method import Mask, Method, Selection
+from deepclean_hooks.methods.method import Mask, Method
 from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.metrics.scoring import require_comparable, scored
 from deepclean_hooks.model import no_trace
@@ -33,30 +33,26 @@ from deepclean_hooks.report import forgotten as identifiers
 from deepclean_hooks.report.layers import layers_of
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.run import entry, findings, terms
-from deepclean_hooks.run.account import Account
 from deepclean_hooks.run.phases import (
-    Closed,
     Failed,
     Finished,
     Guarded,
     New,
-    Phase,
     WasMeasured,
     WasReset,
     WasSelected,
 )
 from deepclean_hooks.run.restored import restored
-from deepclean_hooks.run.resuming import method_of, packed, unpacked
+from deepclean_hooks.run.resuming import method_of, unpacked
+from deepclean_hooks.run.standing import Standing
 from deepclean_hooks.run.writing import put_back_on_error
 from deepclean_hooks.stored import bits, checkpoint, masks
 from deepclean_hooks.stored.originals import Originals
 from deepclean_hooks.tuning import gamma_auto
 from deepclean_hooks.tuning.gamma_sweep import grid
 
-P = TypeVar("P", bound=Phase)
 
-
-class Session:
+class Session(Standing):
     """One unlearning run of one model by one method; `report` can be read at any time.
 
     `deepclean_hooks.options.Options` says what each option is.
@@ -75,9 +71,7 @@ class Session:
         require_trainable(inner)
         bits.require_comparable(dict(inner.named_parameters()))
         require_holdable(inner)
-        self.model, self.method = model, method
         self.loss_fn: losses.LossFn = options.get("loss_fn") or losses.cross_entropy
-        self.norm_statistics = norm_statistics
         self.gold, self.progress = options.get("gold"), options.get("progress", True)
         self.scores, self.dead_count = options.get("scores", True), options.get("dead_count", True)
         self._reading: dict[str, Any] = {
@@ -89,16 +83,7 @@ class Session:
         for name, data in tests.items():
             if data is not None:
                 self._sets[name] = samples_of(data, name=name, **self._reading)
-        self._at: Phase = New()
-        self._account = Account(
-            Report(
-                method.name,
-                method.settings(),
-                self._at.name,
-                trainable_entries=sum(p.numel() for p in self._trainable().values()),
-                norm_statistics=norm_statistics,
-            )
-        )
+        super().__init__(model, method, norm_statistics)
 
     # ------------------------------------------------------------------ the phases
 
@@ -317,75 +302,7 @@ class Session:
             self._score("after", gold=self.gold, whatever=True)
         return self.report
 
-    def close(self) -> None:
-        """Takes every hook off the model and the optimizers; safe at any time, and twice."""
-        if isinstance(self._at, Guarded):
-            now, seconds = self._at.so_far(), self._seconds()
-            self._at.guard.release()
-            self._account.report = replace(self.report, seconds=seconds)
-            self._at = Closed(now)
-
-    # ------------------------------------------------------------------ what can be read
-
-    @property
-    def report(self) -> Report:
-        """The account so far; fields of phases that have not happened are None."""
-        return self._account.report
-
-    @property
-    def measured(self) -> Measured:
-        """The measurements; raises RuntimeError before `measure` and once they have served."""
-        if isinstance(self._at, WasMeasured | WasSelected):
-            return self._at.measured
-        raise RuntimeError("there are measurements between measure() and reset() only")
-
-    @property
-    def selection(self) -> Selection:
-        """What the method picked; raises RuntimeError before `select`, and in a resumed run."""
-        at = self._at if isinstance(self._at, WasSelected) else self._reset()
-        if at is None or at.selection is None:
-            raise RuntimeError("there is no selection before select(), and none in a resumed run")
-        return at.selection
-
-    @property
-    def free(self) -> Mask:
-        """The entries that may train after the reset; empty before `select`."""
-        at = self._at if isinstance(self._at, WasSelected) else self._reset()
-        return {} if at is None else at.free
-
-    @property
-    def trains(self) -> bool:
-        """Whether any entry may train after the reset."""
-        return any([shards.any_true(mask) for mask in self.free.values()])
-
     # ------------------------------------------------------------------ resuming
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a run needs to go on after the reset, beside the model's and the optimizer's own
-        state, both of which must be stored at the same moment.
-
-        Tensors, numbers and strings only, so that torch.load(weights_only=True) reads it back. The
-        masks are whole, at one bit an entry, also of a sharded model, where all ranks call this.
-        """
-        at = self._reset()
-        if at is None:
-            raise RuntimeError(
-                f"a session can be stored from the reset on, this one is {self._at.name!r}; "
-                "before the reset nothing has happened that could not be done again"
-            )
-        return {**packed(at, self.method, self.report), **self.so_far()}
-
-    def so_far(self) -> dict[str, Any]:
-        """What of `state_dict()` changes while your loop runs: `steps` (of optimizers), `added`
-        (those to which the method's term was added) and `seconds` (by phase), those before a resume
-        included, and `model`, the digest of the model as it is now."""
-        at = self._reset()
-        return {
-            "steps": 0 if at is None else at.steps,
-            "added": 0 if at is None else at.added,
-            "seconds": self._seconds(),
-            "model": checkpoint.model_digest(self.model),
-        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Session:
         """Takes up a stored run: nothing is measured or reset again; `guard` is next.
@@ -415,26 +332,6 @@ class Session:
 
     # ------------------------------------------------------------------ inside
 
-    def _expect(self, phase: type[P], call: str) -> P:
-        if not isinstance(self._at, phase):
-            raise RuntimeError(
-                f"{call}() needs a session that is {phase.name!r}, this one is {self._at.name!r}; "
-                "the order is measure -> select -> reset -> guard -> your loop -> finish, each once"
-            )
-        return self._at
-
-    def _enter(self, phase: Phase) -> None:
-        self._at = phase
-        self._account.report = replace(self.report, phase=phase.name)
-
-    def _reset(self) -> WasReset | None:
-        """What it takes to go on, once there is something to go on with."""
-        if isinstance(self._at, Guarded):
-            return self._at.so_far()
-        if isinstance(self._at, Closed | Finished):
-            return self._at.reset
-        return self._at if isinstance(self._at, WasReset) else None
-
     def _require_same_settings(self, call: str) -> None:
         ranks.require_same(
             {
@@ -453,12 +350,6 @@ class Session:
             for name, data in sets.items():
                 self._sets[name] = samples_of(data, name=name, **self._reading)
             refuse_shared_indices(self._sets)
-
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(fsdp.parameters_of(unwrap(self.model)))
-
-    def _trainable(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self._parameters().items() if p.requires_grad}
 
     def _trials(self) -> gamma_auto.Trials | None:
         if not self.method.is_open:
@@ -515,11 +406,3 @@ class Session:
         self._account.warn(findings.of_labels(found))
         if isinstance(found, Evaluation):
             require_comparable(self.gold, self._sets, found)
-
-    def _seconds(self) -> dict[str, float]:
-        """By phase so far, those before a resume included."""
-        seconds = dict(self.report.seconds)
-        if isinstance(self._at, Guarded):
-            spent = time.perf_counter() - self._at.started
-            seconds["fine-tune"] = seconds.get("fine-tune", 0.0) + spent
-        return seconds

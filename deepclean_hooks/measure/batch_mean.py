@@ -79,6 +79,8 @@ class _BatchGradients(Estimator):
             with ranks.fail_together():
                 for batch in walked:
                     count += self.terms(batch)
+                    # A tensor kept from the batch before belongs to a graph that is gone.
+                    no_trace.drop_caches(inner)
                     value = self._value(inner, batch, request.loss_fn)
                     for key, gradient in _gradients(value, wanted):
                         sums[key] += self.term(gradient)

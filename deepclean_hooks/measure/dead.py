@@ -123,6 +123,8 @@ def _reached_sharded(
 
 
 def _mean_loss(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Tensor:
+    # A tensor kept from the batch before belongs to a graph that is gone.
+    no_trace.drop_caches(model)
     return losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
 
 

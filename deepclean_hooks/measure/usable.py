@@ -16,8 +16,20 @@ from deepclean_hooks.model import no_trace
 from deepclean_hooks.ranks import fsdp
 
 
+class Unusable(ValueError):
+    """The model computes NaN with its new values; `what` is NaN."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"with its new values {what} is NaN on a batch, so the model has its old ones back; a "
+            "layer that divides by the size of its weights (weight_norm, a cosine layer) computes "
+            "0 / 0 where all of a row are reset: leave that layer out of what may be selected, or "
+            "select fewer entries"
+        )
+
+
 def require_usable(model: nn.Module, data: Samples, loss_fn: LossFn) -> None:
-    """Raises ValueError if the loss of the first batch, or its gradient in a weight, is NaN, and
+    """Raises Unusable if the loss of the first batch, or its gradient in a weight, is NaN, and
     whatever the model raises; all ranks call this. The model is left as it was.
 
     Under FSDP2 the loss alone is looked at.
@@ -40,7 +52,7 @@ def require_usable(model: nn.Module, data: Samples, loss_fn: LossFn) -> None:
 def _loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
     loss = loss_fn(model, batch)
     if bool(loss.isnan().any()):
-        raise ValueError("the loss of a batch is NaN")
+        raise Unusable("the loss")
     return loss.sum()
 
 
@@ -49,4 +61,4 @@ def _require_gradients(model: nn.Module, loss: Tensor) -> None:
     gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     for name, gradient in zip(weights, gradients, strict=True):
         if gradient is not None and bool(gradient.isnan().any()):
-            raise ValueError(f"the gradient of {name} on a batch is NaN")
+            raise Unusable(f"the gradient of {name}")

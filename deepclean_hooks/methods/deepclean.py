@@ -25,6 +25,7 @@ from deepclean_hooks.methods.selecting import (
     Selection,
     above_noise,
     exceeds,
+    is_norm_scale,
     rounding_noise,
 )
 from deepclean_hooks.methods.settings import is_number, require_shares
@@ -111,7 +112,8 @@ class DeepClean(Method):
 
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether entries of this parameter may be selected."""
-        if parameter.dim() <= 1 and not self.one_dimensional:
+        flat = parameter.dim() <= 1 or is_norm_scale(name, parameter)
+        if flat and not self.one_dimensional:
             return False
         if self.parameters is None:
             return True

@@ -40,6 +40,14 @@ class Selection:
         return sum(shards.total(mask) for mask in self.masks.values())
 
 
+def is_norm_scale(name: str, parameter: Tensor) -> bool:
+    """Whether this is the length of the rows of a weight that torch's weight_norm keeps apart: g in
+    w = g v / |v|, (N, 1, ...)."""
+    last = name.rsplit(".", 1)[-1]
+    named = last == "original0" or (last.startswith("weight") and last.endswith("_g"))
+    return named and sum(size > 1 for size in parameter.shape) <= 1
+
+
 def exceeds(one: Measurement, other: Measurement, factor: float) -> Mask:
     """True where I_one > factor * I_other, compared by product: no division, no epsilon."""
     # S/n > factor * T/m  <=>  S * m > factor * T * n: one rounding fewer, and counts are exact in
