@@ -157,7 +157,7 @@ def _alive(kind: type[nn.Module]) -> tuple[list[Any], list[nn.Module]]:
     """The averaging objects of the process, and the modules of this very class."""
     averages: list[Any] = []
     modules: list[nn.Module] = []
-    averaging: dict[type, bool] = {}
+    averaging: dict[type, bool] = {Averages: False, Average: False}  # those of earlier runs
     for thing in gc.get_objects():
         of_thing = type(thing)
         if of_thing not in averaging:

@@ -11,7 +11,7 @@ import torch
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Samples
+from deepclean_hooks.data.samples import Samples, warn_if_changing
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request, all_samples
 from deepclean_hooks.ranks import fsdp
@@ -35,10 +35,13 @@ class Estimator(ABC):
         """The settings of a measurement that is about to be made; raises ValueError for a sharded
         model, which only the exact Fisher diagonal serves."""
         fsdp.refuse_sharded(request.inner, repr(self))
+        with ranks.fail_together():
+            changing = warn_if_changing(request.data, request.name)
         return {
             "model": request.origin,
             "loss": name_of(request.loss_fn),
             "estimator": repr(self),
+            "samples_change": changing,
             "fingerprints": request.data.fingerprints,
             "torch": str(torch.__version__),
             **more,
