@@ -41,7 +41,8 @@ from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.persample.explain import Explanation, explain
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
-from deepclean_hooks.tuning.gamma_auto import GammaChoice, choose_gamma
+from deepclean_hooks.tuning.choice import GammaChoice
+from deepclean_hooks.tuning.gamma_auto import choose_gamma
 from deepclean_hooks.tuning.gamma_sweep import GammaSweep, gamma_sweep
 
 if TYPE_CHECKING:

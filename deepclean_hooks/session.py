@@ -106,7 +106,8 @@ class Session(Standing):
             self._name_sets(retain=retain)
         self._name_sets(forget=forget)
         entry.require_same_samples(self._sets)
-        trials = self._trials()
+        with self._account.timed("choose gamma" if self.method.is_open else "fisher"):
+            trials = gamma_auto.trials_of(self.method, self.model, self._sets, **self._reading)
         if self.scores:
             self._score_before()
         with self._account.timed("fisher"):
@@ -186,11 +187,8 @@ class Session(Standing):
                 self.method.write(model, at.selection, values)
                 no_trace.drop_caches(model)
                 now = self._parameters()
-                unwritten = {
-                    name: digest
-                    for name, digest in (self.report.checkpoint_before or {}).items()
-                    if name not in at.selection.masks
-                }
+                before = self.report.checkpoint_before
+                unwritten = {n: d for n, d in before.items() if n not in at.selection.masks}
                 frozen = masks.frozen_digest(now, at.free, unwritten)
                 originals = Originals(old, now)
                 changed = shards.counted(originals.counts(), now)
@@ -319,8 +317,7 @@ class Session(Standing):
         now = checkpoint.digests_of(self.model)
         at = unpacked(state, method, self._parameters(), now)
         self.method, self.norm_statistics = method, state["report"]["norm_statistics"]
-        report = Report.of_plain({**state["report"], "seconds": state["seconds"]})
-        self._account.report = report
+        self._account.report = Report.of_plain({**state["report"], "seconds": state["seconds"]})
         no_trace.drop_caches(unwrap(self.model))
         self._enter(at)
         return self
@@ -350,13 +347,6 @@ class Session(Standing):
             for name, data in sets.items():
                 self._sets[name] = samples_of(data, name=name, **self._reading)
             refuse_shared_indices(self._sets)
-
-    def _trials(self) -> gamma_auto.Trials | None:
-        if not self.method.is_open:
-            return None
-        gamma_auto.require_whole(self.model)
-        with self._account.timed("choose gamma"):
-            return gamma_auto.trials_of(self.method, self._sets, **self._reading)
 
     def _choose(self, trials: gamma_auto.Trials, measured: Measured) -> None:
         with self._account.timed("choose gamma"):

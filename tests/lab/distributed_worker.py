@@ -215,6 +215,61 @@ def other_gamma(rank: int) -> None:
     deepclean.Session(network(), method, **OPTIONS).measure(FORGET, RETAIN)
 
 
+def other_scores(rank: int) -> None:
+    """Scores on one rank only: an evaluation is collectives."""
+    session(network(), scores=bool(rank)).measure(FORGET, RETAIN)
+
+
+def other_loss(rank: int) -> None:
+    """Two losses of one name."""
+
+    def made(smoothing: float) -> Any:
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            logits, labels = model(batch[0]), batch[1]
+            options: Any = {"reduction": "none", "label_smoothing": smoothing}
+            return F.cross_entropy(logits, labels, **options)
+
+        return loss
+
+    session(network(), loss_fn=made(0.1 * rank)).measure(FORGET, RETAIN)
+
+
+def other_statistics(rank: int) -> None:
+    """Another policy on each rank."""
+    policy = ("update", "freeze")[rank]
+    session(network(), norm_statistics=policy).measure(FORGET, RETAIN)
+
+
+def other_way(rank: int) -> None:
+    """One rank resumes, the other measures."""
+    model = network()
+    run = session(model).measure(FORGET, RETAIN)
+    run.select()
+    state = run.reset().state_dict()
+    if rank:
+        session(model).load_state_dict(state)
+    else:
+        session(network()).measure(FORGET, RETAIN)
+
+
+def ended_apart(rank: int) -> list[list[str]]:
+    """What the report warns of: other numbers of steps, other weights, and neither."""
+    told = []
+    for steps, first in ((1 + rank, 0), (1, rank), (1, 0)):
+        model = perceptron()
+        run = session(model).measure(FORGET, RETAIN)
+        run.select()
+        run.reset().guard()
+        optimizer = adamw(model)
+        for step in range(first, first + steps):
+            x, y = (t[step : step + 8] for t in RETAIN.tensors)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        told.append(list(run.finish().warnings))
+    return told
+
+
 def other_weights(rank: int) -> None:
     """Ranks with different models."""
     model = network()
@@ -374,6 +429,7 @@ def unguarded_fsdp2(rank: int) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[[int], Any]] = {
+    "ended apart": ended_apart,
     "fisher 13": lambda rank: fisher(13, torch.float64),
     "fisher 37": lambda rank: fisher(37, torch.float64),
     "fisher 1": lambda rank: fisher(1, torch.float64),
@@ -397,6 +453,10 @@ CHECKS: dict[str, Callable[[int], Any]] = {
             bad_label_on_one,
             bad_label_when_scored,
             other_masks,
+            other_scores,
+            other_loss,
+            other_statistics,
+            other_way,
             powersgd,
             guarded_before_sharding,
             fsdp2,

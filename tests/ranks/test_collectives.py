@@ -136,6 +136,10 @@ def test_engines_are_refused_by_name(engine: str, nested: bool) -> None:
     ("name", "said"),
     [
         ("other_gamma", "the method differs between ranks"),
+        ("other_scores", "scores differs between ranks"),
+        ("other_loss", "the loss differs between ranks"),
+        ("other_statistics", "norm_statistics differs between ranks"),
+        ("other_way", "the way into the run differs between ranks"),
         ("other_weights", "the set of measured weights differs between ranks"),
         ("other_split", "set differs between ranks"),
         ("other_content", "the forget set differs between ranks"),
@@ -153,6 +157,16 @@ def test_errors_on_both_ranks(name: str, said: str, results: Results) -> None:
     """Fails if ranks that disagree go on, or one raises alone and leaves the other waiting."""
     for found in results:
         assert said in found[name]["error"]
+
+
+def test_ranks_that_end_apart_are_told(results: Results) -> None:
+    """Fails if other numbers of steps or other weights on the ranks pass in silence, or ranks that
+    agree are warned of."""
+    for found in results:
+        steps, weights, alike = found["ended apart"]
+        assert any("different numbers of optimizer steps: [1, 2]" in text for text in steps)
+        assert any("the ranks ended with different weights" in text for text in weights)
+        assert not any("ranks" in text for text in alike)
 
 
 def torchrun(*command: str) -> str:

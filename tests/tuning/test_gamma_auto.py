@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.stored import bits
-from deepclean_hooks.tuning import gamma_auto
-from deepclean_hooks.tuning.gamma_auto import Behaviour, GammaTrial, choose_gamma, verdict
+from deepclean_hooks.tuning.choice import BUDGET, Behaviour, GammaTrial, verdict
+from deepclean_hooks.tuning.gamma_auto import choose_gamma
 from lab.planted import FORGET, RETAIN, SETS, drawn, original
 from lab.processes import launch
 
@@ -175,7 +175,7 @@ def test_where_no_gamma_forgets_the_report_and_a_warning_say_so() -> None:
     assert not told["met"]
     rising = [one["behaviour"]["forget_loss"] for one in reversed(told["trials"])]
     assert rising == sorted(rising)
-    least = told["original"]["retain_accuracy"] - gamma_auto.BUDGET
+    least = told["original"]["retain_accuracy"] - BUDGET
     kept = [one for one in told["trials"] if one["behaviour"]["retain_accuracy"] >= least]
     assert told["gamma"] == min(kept, key=lambda one: one["distance"])["gamma"]
     assert any("still better known" in one for one in run.report.warnings)
