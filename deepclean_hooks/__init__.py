@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deepclean_hooks import _moved
 from deepclean_hooks._version import __version__
 from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.data.split import split
 from deepclean_hooks.guard.guard import Guard, GuardError
 from deepclean_hooks.measure.batch_mean import BatchMean
 from deepclean_hooks.measure.fisher import FisherDiagonal, fisher_diagonal
@@ -105,6 +106,7 @@ __all__ = [
     "explain",
     "fisher_diagonal",
     "gamma_sweep",
+    "split",
     "unlearn",
     "unlearning",
 ]
