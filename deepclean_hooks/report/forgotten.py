@@ -12,6 +12,7 @@ from typing import Any
 from deepclean_hooks import ranks
 from deepclean_hooks.data import batches
 from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.samples import Data, samples_of
 
 
 def salted(fingerprints: Iterable[int]) -> dict[str, Any]:
@@ -27,11 +28,21 @@ def salted(fingerprints: Iterable[int]) -> dict[str, Any]:
 def among(forgotten: Mapping[str, Any], batch: Batch) -> list[bool]:
     """For each sample of a batch whether it is among the `forgotten` of a report.
 
-    The batch must be as it was read then: the same preprocessing, collation and dtype.
+    The batch must be as it was read then: the same preprocessing and dtype, collated by torch's
+    default function. `samples_among` takes samples that are collated otherwise.
     """
-    hashes = set(forgotten["hashes"])
-    salt = forgotten["salt"]
-    return [_hash(fingerprint, salt) in hashes for fingerprint in batches.sample_ids(batch)]
+    return _known(forgotten, batches.sample_ids(batch))
+
+
+def samples_among(forgotten: Mapping[str, Any], data: Data) -> list[bool]:
+    """For each sample of a data set or loader, in index order, whether it is among the `forgotten`
+    of a report, whatever the collate function."""
+    return _known(forgotten, [known for ids, _ in samples_of(data).identified() for known in ids])
+
+
+def _known(forgotten: Mapping[str, Any], fingerprints: Iterable[int]) -> list[bool]:
+    hashes, salt = set(forgotten["hashes"]), forgotten["salt"]
+    return [_hash(fingerprint, salt) in hashes for fingerprint in fingerprints]
 
 
 def _hash(fingerprint: int, salt: str) -> str:

@@ -17,6 +17,7 @@ from deepclean_hooks.data import batches
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.measure.layer_inputs import InputGrams, LayerInputs
 from deepclean_hooks.measure.request import Request
+from deepclean_hooks.report import forgotten
 
 
 def model() -> nn.Module:
@@ -159,7 +160,10 @@ def test_padding_hides_no_sample() -> None:
         run.measure(forget, everything)
     stored = deepclean.fisher_diagonal(Text(), everything, progress=False)
     run = deepclean.Session(Text(), deepclean.DeepClean(), progress=False, scores=False)
-    assert run.measure(forget, stored).report.retain_samples == 16
+    report = run.measure(forget, stored).report
+    assert report.retain_samples == 16
+    told = forgotten.samples_among(report.forgotten, texts(WORDS, 5))
+    assert told == [i % 3 == 0 for i in range(24)]
 
 
 def test_a_set_of_padded_rows_is_refused_with_the_reason() -> None:
