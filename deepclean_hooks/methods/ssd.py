@@ -21,7 +21,7 @@ from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Mask, Selection, above_noise, ratio
+from deepclean_hooks.methods.selecting import Mask, Selection, above_noise
 from deepclean_hooks.methods.settings import require_positive
 from deepclean_hooks.ranks import shards
 
@@ -153,8 +153,9 @@ class LFSSD(SSD):
 class ASSD(SSD):
     """SSD with alpha such that the top ln(1 + 100 |D_f| / |D|) per cent of entries are selected.
 
-    Entries are ranked by I_Df / I_D; 2.4 % for a forget set of 10 %. There is nothing to choose;
-    `alpha` is ignored by the rule and cannot be set.
+    Entries are ranked by I_Df / I_D; 2.4 % for a forget set of 10 %, of those for which I_D > 0: an
+    entry that no sample uses (0 / 0) has no rank, in the published code neither. There is nothing
+    to choose; `alpha` is ignored by the rule and cannot be set.
     """
 
     alpha: float = field(default=math.nan, init=False)
@@ -172,7 +173,8 @@ class ASSD(SSD):
         rest = len(retain.samples) - (len(forget.samples) if self.joint else 0)
         share = len(forget.samples) / (len(forget.samples) + rest)
         per_cent = math.log(1 + 100 * share)
-        ratios = torch.cat([ratio(own[name], whole[name]).flatten() for name in own])
+        used = {name: total > 0 for name, total in whole.items()}
+        ratios = torch.cat([own[name][here] / whole[name][here] for name, here in used.items()])
         most = round(ratios.numel() * per_cent / 100)
         if not most:
             return self._selection(forget, retain, math.inf, "nothing: the model is too small")

@@ -192,6 +192,21 @@ def test_adaptive_dampens_its_share(forgotten: int) -> None:
     assert all(float(ratio[n][~m].max()) <= lowest for n, m in masks.items() if not m.all())
 
 
+def test_adaptive_ranks_only_entries_that_a_sample_uses() -> None:
+    """Fails if entries that are 0 / 0 (a pixel that is black everywhere, a dead channel) count
+    among those of which the share is taken: the cut then lies too low."""
+    generator = torch.Generator().manual_seed(0)
+    own, kept = (torch.rand(2, 5000, generator=generator, dtype=torch.float64) for _ in range(2))
+    own[0], kept[0] = 0, 0
+    ids = torch.arange(100)
+    settings = {"computed": "float64"}
+    forget = Measurement({"w": own}, 10, ids[:10], settings)
+    retain = Measurement({"w": kept}, 90, ids[10:], settings)
+    chosen = ASSD().select(forget, retain).masks["w"]
+    assert not chosen[0].any()
+    assert int(chosen.sum()) == round(5000 * math.log(11) / 100) == 120
+
+
 def test_stored_diagonal_of_the_whole_training_set() -> None:
     """Fails if a stored diagonal of D gives other weights than D_r does, or serves batch means."""
     model = network()

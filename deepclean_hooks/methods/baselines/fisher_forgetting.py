@@ -17,6 +17,7 @@ from deepclean_hooks.methods.settings import require_positive
 
 LARGEST, LARGEST_IN_HEAD = 1e3, 1e2  # of 1 / F, as in the published code
 MORE = 10.0  # for the last layer and one-dimensional tensors
+FORGOTTEN_ROW = 1e-4  # the published variance of the forgotten class's row, before that factor
 EPSILON = 1e-8  # the published code's, kept because its alpha goes with it
 
 
@@ -29,8 +30,8 @@ class FisherForgetting(Method):
     averaged over the second axis; ten times it for these and for one-dimensional tensors. `alpha`
     1e-6 is their notebook's (8 sweeps from 1e-8 to 1e-5): it has to be tuned, DeepClean's table
     shows chance accuracy without. `forgotten_class`: its row of the head becomes noise around 0,
-    variance 1e-4, as their code does for a class. F is exact: every class of every sample, weighted
-    by p(y | x), C backward passes.
+    variance 1e-3, as their code does for a class (1e-4, and then the factor of the last layer).
+    F is exact: every class of every sample, weighted by p(y | x), C backward passes.
     """
 
     classes: int
@@ -72,7 +73,8 @@ class FisherForgetting(Method):
         for name, fisher in retain.mean().items():
             mean, variance = weights[name].clone(), self.variance(fisher)
             if self.forgotten_class is not None and self._is_head(fisher):
-                mean[self.forgotten_class], variance[self.forgotten_class] = 0, 1e-4
+                mean[self.forgotten_class] = 0
+                variance[self.forgotten_class] = FORGOTTEN_ROW * MORE
             noise = torch.randn(mean.shape, generator=random).to(mean)
             values[name] = mean + variance.sqrt().to(mean) * noise
         return values
