@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deepclean_hooks.report import stored_report
@@ -330,8 +331,16 @@ def _digest_of_all(report: Document, when: str) -> Iterator[Check]:
 
 
 def _says_something(tensor: Tensor) -> bool:
-    """Not all entries equal: a bias of zeros may stand anywhere."""
-    return tensor.numel() > 1 and bool((tensor != tensor.reshape(-1)[0]).any())
+    """Entries with bits that are not all equal: a bias of zeros may stand anywhere."""
+    if (
+        tensor.numel() < 2
+        or tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.is_meta
+    ):
+        return False
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8).view(tensor.numel(), -1)
+    return bool((flat != flat[0]).any())
 
 
 def _entries(report: Document, state: Mapping[str, Tensor]) -> Iterator[Check]:

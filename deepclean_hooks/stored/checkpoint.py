@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -82,7 +83,9 @@ def read(path: str | os.PathLike[str]) -> Any:
     try:
         if where.suffix == ".safetensors":
             return load_file(where)
-        with torch.serialization.safe_globals(_inert(where)):
+        # torch warns of formats and layouts, which are no business of who only reads.
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_inert(where)):
+            warnings.simplefilter("ignore")
             return torch.load(where, map_location="cpu", weights_only=True)
     except Exception as reason:  # neither library has an error of its own for a damaged file
         words = " ".join(str(reason).split()) or type(reason).__name__

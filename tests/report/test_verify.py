@@ -320,6 +320,20 @@ def test_optimizers_and_stored_runs_are_no_models(run: Run) -> None:
     assert not wrong(verify(run.told, file))
 
 
+def test_tensors_of_any_kind_may_lie_beside_the_model(run: Run, tmp_path: Path) -> None:
+    """Fails if a dtype or layout that cannot be compared ends the command."""
+    other = {
+        "float8": torch.randn(4).to(torch.float8_e4m3fn),
+        "bool": torch.tensor([True, False]),
+        "complex": torch.randn(3, dtype=torch.complex64),
+        "sparse": torch.eye(3).to_sparse(),
+        "scalar": torch.tensor(3),
+        "empty": torch.empty(0, 3),
+    }
+    torch.save({"model": run.after, "other": list(other.values())}, tmp_path / "c.pt")
+    assert not wrong(verify(run.told, checkpoint.read(tmp_path / "c.pt")))
+
+
 class Planted:
     """Runs code in whoever unpickles it."""
 
