@@ -59,6 +59,9 @@ def _verify(given: argparse.Namespace) -> int:
 def _page(given: argparse.Namespace) -> int:
     output = given.output or given.report.with_suffix(".html")
     report = stored_report.checked(stored_report.load(given.report))
+    if report["digest"] not in (None, stored_report.digest(report)):
+        words = "the report was damaged or edited after it was written: its digest does not fit"
+        report["warnings"] = [*report["warnings"], words]
     text = html.page(report if given.exact else small_sets.withheld(report))
     write_text(output, text)
     _say(str(output))

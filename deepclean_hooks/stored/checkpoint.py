@@ -67,6 +67,21 @@ class Unknown:
         # One that was made without __init__, as copyreg does, has no parts yet.
         self.parts = (*getattr(self, "parts", ()), state)
 
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The state_dict, if this is a module that was stored as a whole; else empty."""
+        inside = next((part for part in reversed(self.parts) if isinstance(part, Mapping)), {})
+        if not {"_parameters", "_buffers", "_modules"} <= inside.keys():
+            return {}
+        passing = inside.get("_non_persistent_buffers_set", ())
+        buffers = {n: value for n, value in inside["_buffers"].items() if n not in passing}
+        state = {
+            f"{prefix}{n}": v for n, v in tensors({**inside["_parameters"], **buffers}).items()
+        }
+        for name, module in inside["_modules"].items():
+            if isinstance(module, Unknown):
+                state |= module.state_dict(f"{prefix}{name}.")
+        return state
+
 
 def read(path: str | os.PathLike[str]) -> Any:
     """What a .safetensors file, a file of torch.save, or a folder of transformers or PEFT holds.
@@ -125,6 +140,7 @@ def walk(loaded: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in seen:
             continue  # a file may hold a list that holds itself
         seen.add(id(value))
+        value = (isinstance(value, Unknown) and value.state_dict()) or value
         if isinstance(value, Mapping):
             yield place, value
             inside = list(value.items())

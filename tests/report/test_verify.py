@@ -351,6 +351,20 @@ class Builtin(Planted):
         return eval, (f"open({str(self.path)!r}, 'w')",)
 
 
+def test_a_module_stored_whole_is_read_without_its_class(tmp_path: Path) -> None:
+    """Fails if torch.save(model) is a mismatch, or an altered one passes."""
+    torch.manual_seed(0)
+    model = Tied()
+    run = finished(model)
+    for file in (model, {"model": model, "epoch": 3}):
+        torch.save(file, tmp_path / "c.pt")
+        assert not wrong(verify(run.told, checkpoint.read(tmp_path / "c.pt"), run.before))
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1
+    torch.save(model, tmp_path / "c.pt")
+    assert wrong(verify(run.told, checkpoint.read(tmp_path / "c.pt"), run.before))
+
+
 @pytest.mark.parametrize("kind", [Planted, Builtin])
 def test_no_code_of_a_file_runs(run: Run, tmp_path: Path, kind: type[Planted]) -> None:
     """Fails if reading what torch refuses means running it."""
@@ -677,6 +691,10 @@ def test_the_page_of_a_stored_report(
     (tmp_path / "report.json").write_text(report.to_json(), encoding="utf-8")
     assert main(["page", str(tmp_path / "report.json")]) == 0
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == report.to_html()
+    edited = {**json.loads(report.to_json()), "method": "better"}
+    (tmp_path / "report.json").write_text(json.dumps(edited), encoding="utf-8")
+    assert main(["page", str(tmp_path / "report.json")]) == 0
+    assert "was damaged or edited" in (tmp_path / "report.html").read_text(encoding="utf-8")
     results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
     for name in ("cifar10_class", "cifar10_random"):
         told = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["report"]
