@@ -20,6 +20,7 @@ from deepclean_hooks import DeepClean, GuardError, Session
 from deepclean_hooks.measure.usable import Unusable
 from deepclean_hooks.methods.ssd import SSD
 from deepclean_hooks.run.restored import Restored
+from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.bits import differing
 from deepclean_hooks.stored.checkpoint import model_digest
 from lab.sessions import FORGET, RETAIN, network
@@ -540,3 +541,24 @@ def test_copies_put_nothing_back() -> None:
     now = dict(model.named_parameters())
     changed = sum(int(differing(now[n], original[n]).sum()) for n in masks)
     assert changed == sum(run._at.changed.values())
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_model_is_hashed_once_for_each_state(
+    stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if report, checkpoint, both diagonals and the frozen entries each read the whole model
+    again: once when it is measured, once before it is written, once at the end."""
+    model = network()
+    data = deepclean.fisher_diagonal(model, RETAIN) if stored else RETAIN
+    passes: list[int] = []
+    digests_of = checkpoint.digests_of
+    monkeypatch.setattr(checkpoint, "digests_of", lambda m: (passes.append(1), digests_of(m))[1])
+    run = Session(model, DeepClean(gamma=1.1), scores=False, progress=False)
+    run.measure(FORGET, data).select()
+    assert len(passes) == 1
+    run.reset().guard()
+    assert len(passes) == 2
+    loop(model)
+    run.finish()
+    assert len(passes) == 3
