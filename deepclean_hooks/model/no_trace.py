@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import ranks
-from deepclean_hooks.model import random_state, switches
+from deepclean_hooks.model import derived, random_state, switches
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp
 
@@ -58,7 +58,7 @@ def no_trace(model: nn.Module) -> Iterator[nn.Module]:
     puts all back.
 
     Put back, after an exception too: the train/eval mode of every module, requires_grad, buffers
-    bit for bit, caches that a module drops in `train()` (LeViT keeps its attention biases), the
+    bit for bit, the tensors that modules keep elsewhere (LeViT its attention biases), the
     random state of torch (on the CPU and on the model's GPU), numpy and Python, TF32. `.grad` is
     never written in between: measuring uses `torch.autograd.grad`. A second thread with the same
     model waits.
@@ -88,6 +88,7 @@ def _no_trace(inner: nn.Module) -> Iterator[nn.Module]:
         try:
             inner.train()  # drops caches of derived weights that an earlier eval pass left behind
             inner.eval()
+            stack.enter_context(derived.kept(inner))
             ranks.share_buffers(inner)
             for module, name, _, off in checkpointing:
                 setattr(module, name, off)

@@ -113,3 +113,67 @@ def test_training_after_measuring_is_bit_identical() -> None:
     data = TensorDataset(torch.randn(9, 3, 6, 6), torch.arange(9))
     with_measurement, without = run(True), run(False)
     assert all(torch.equal(t, without[n]) for n, t in with_measurement.items())
+
+
+class Keeping(nn.Module):
+    """Keeps tensors of its forward passes in several places, and drops none in `train()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.ones(2, 4)), nn.Linear(4, 3)
+        self.derived, self.by_device, self.features = None, {}, []
+        self.last: tuple[Tensor, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.derived is None:
+            self.derived = self.scale.sin().sum(0)
+        if x.device not in self.by_device:
+            self.by_device[x.device] = self.scale.cos().sum(0)
+        x = x * self.derived + self.by_device[x.device]
+        self.features.append(x)
+        self.last, self.extra = (x,), x
+        return self.head(x.tanh())
+
+
+def test_tensors_that_a_model_keeps() -> None:
+    """Fails if a derived tensor of a measurement stays in the model: its graph is used up, so the
+    next backward of the user's own raises."""
+    torch.manual_seed(0)
+    model, x, y = Keeping().double().eval(), torch.randn(5, 4).double(), torch.arange(5) % 3
+    by_device, features = model.by_device, model.features
+    for measuring in (fisher_diagonal, lambda m, d: evaluate(m, test=d)):
+        measuring(model, TensorDataset(x, y))
+        assert model.derived is None
+        assert (model.by_device, model.features, model.last) == ({}, [], ())
+        assert model.by_device is by_device
+        assert model.features is features
+        assert not hasattr(model, "extra")
+    nn.functional.cross_entropy(model(x), y).backward(retain_graph=True)
+    kept = model.derived, dict(model.by_device), list(model.features)
+    fisher_diagonal(model, TensorDataset(x, y))
+    assert model.derived is kept[0]
+    assert all(model.by_device[device] is tensor for device, tensor in kept[1].items())
+    assert [id(tensor) for tensor in model.features] == [id(tensor) for tensor in kept[2]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "levit_128s",
+        "tiny_vit_5m_224",
+        "efficientvit_m0",
+        "efficientformer_l1",
+        "efficientformerv2_s0",
+    ],
+)
+def test_attention_biases_of_timm(name: str) -> None:
+    """Fails if the attention biases that these models keep in eval mode outlive a measurement."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).eval()
+    sizes = model.pretrained_cfg["input_size"]
+    x, y = torch.randn(3, *sizes), torch.arange(3)
+    evaluate(model, test=TensorDataset(x, y))
+    caches = [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")]
+    assert not any(caches)
+    nn.functional.cross_entropy(model(x), y).backward()
