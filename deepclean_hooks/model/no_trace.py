@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import ranks
-from deepclean_hooks.model import derived, random_state, switches
+from deepclean_hooks.model import derived, random_state, recomputing, switches
 from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp
 
@@ -73,7 +73,6 @@ def _no_trace(inner: nn.Module) -> Iterator[nn.Module]:
     modes = [(module, module.training) for module in inner.modules()]
     wants = [(p, p.requires_grad) for p in inner.parameters()]
     held = {name: buffer.detach().clone() for name, buffer in inner.named_buffers()}
-    checkpointing = _checkpointing(inner)
     devices = [device_of(inner)] if device_of(inner).type == "cuda" else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state.kept(devices=devices))
@@ -90,12 +89,9 @@ def _no_trace(inner: nn.Module) -> Iterator[nn.Module]:
             inner.eval()
             stack.enter_context(derived.kept(inner))
             ranks.share_buffers(inner)
-            for module, name, _, off in checkpointing:
-                setattr(module, name, off)
+            stack.enter_context(recomputing.off(inner))
             yield inner
         finally:
-            for module, name, on, _ in checkpointing:
-                setattr(module, name, on)
             fsdp.settle(inner)
             inner.train()
             for module, training in modes:
@@ -194,33 +190,6 @@ def _own_forward(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = patched
-
-
-_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
-
-
-def _checkpointing(model: nn.Module) -> list[tuple[nn.Module, str, Any, Any]]:
-    """Where activation checkpointing is on: (module, attribute, its value, its value for off).
-
-    It would run the forward again, unseen. timm and transformers have a flag; torch's
-    `checkpoint_wrapper`, which Accelerate applies under FSDP2, a function that calls the module.
-    """
-    flags: list[tuple[nn.Module, str, Any, Any]] = [
-        (module, flag, True, False)
-        for module in model.modules()
-        for flag in _CHECKPOINTING
-        if getattr(module, flag, None) is True
-    ]
-    wrappers = [
-        (module, "checkpoint_fn", module.checkpoint_fn, _called)
-        for module in model.modules()
-        if type(module).__name__ == "CheckpointWrapper" and hasattr(module, "checkpoint_fn")
-    ]
-    return flags + wrappers
-
-
-def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
 
 
 def _put_back(model: nn.Module, held: dict[str, Tensor]) -> None:

@@ -183,6 +183,7 @@ class ServedPass(Pass):
         self.seen, self.anchor, self.receive = seen, anchor, receive
         self.uses: list[Use] = []
         self.refused: list[tuple[list[Tensor], str]] = []
+        self.dtypes: set[torch.dtype] = set()  # in which parameters met the data
         self._asked = self._read = 0
         self._place = ("meeting", 0)
 
@@ -231,6 +232,7 @@ class ServedPass(Pass):
         return lambda grad: self.receive(use, grad)
 
     def serve(self, out: Tensor, rule: Rule) -> Tensor:
+        self.dtypes.add(out.dtype)
         receive = self._use(rule)
         if out._is_view():
             out = _no_view(out)
@@ -245,6 +247,7 @@ class ServedPass(Pass):
         return out
 
     def tap(self, value: Tensor, rule: Rule) -> Tensor:
+        self.dtypes.add(value.dtype)
         tapped: Tensor = _TapOperand.apply(value, self.anchor, self._use(rule))
         return tapped
 

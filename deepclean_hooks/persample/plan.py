@@ -32,7 +32,8 @@ class Plan:
     the loss.
 
     `unverified`: those whose gradient was 0 in all samples seen so far. `largest`: the largest sum
-    of the self-check. `owned`: whether samples have to be told apart in each backward.
+    of the self-check. `owned`: whether samples have to be told apart in each backward. `coarse`:
+    whether the model computes in less than its parameters' precision.
     """
 
     seen: Meetings
@@ -47,6 +48,7 @@ class Plan:
     largest: float = 0.0
     bytes_per_sample: int = 0
     owned: bool = False
+    coarse: bool = False
 
     def operands_of(self, names: Collection[str]) -> list[Operand]:
         """The operands made of these parameters."""

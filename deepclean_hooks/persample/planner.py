@@ -109,7 +109,10 @@ class Planner(ABC):
 
     def _classified(self, few: Batch, seen: Meetings) -> Plan:
         served, loss = self._forward(few, Plan(seen))
-        return classify(seen, served.uses, served.refused, loss, self.parameters, self._present)
+        plan = classify(seen, served.uses, served.refused, loss, self.parameters, self._present)
+        exact = max(p.dtype.itemsize for p in self.parameters.values())
+        plan.coarse = any(dtype.itemsize < exact for dtype in served.dtypes)
+        return plan
 
     def _self_check(self, few: Batch, plan: Plan) -> set[str]:
         """Compares with the one-sample loop on a few samples; what differs goes to the loop, and
@@ -141,7 +144,7 @@ class Planner(ABC):
         )
         errors = self._compared(trial.take, truth)
         plan.largest = probe.largest(errors)
-        wrong = probe.disagreements(errors, plan.largest)
+        wrong = probe.disagreements(errors, plan.largest, plan.coarse)
         plan.demote(wrong)
         zero = {name for name, (_, size, _) in errors.items() if size == 0}
         plan.unverified = zero & set(plan.served_by) - set(plan.loop)
@@ -154,7 +157,7 @@ class Planner(ABC):
         for group in probe.groups({n: self.parameters[n] for n in awake}, self._group_bytes()):
             truth = self._one_by_one(group, batch, counted)
             errors = self._compared(sums.take, iter([truth]))
-            plan.demote(probe.disagreements(errors, plan.largest))
+            plan.demote(probe.disagreements(errors, plan.largest, plan.coarse))
             for name, squares in truth.items():
                 sums.add(name, squares)
         plan.unverified.difference_update(awake)

@@ -43,8 +43,13 @@ class Rule(ABC):
         self.operands = operands
         self.n = n
         self.layout = layout
-        self._saved = None if saved is None else saved.detach()
-        self._version = None if saved is None else saved._version
+        self._saved: Tensor | None = None
+        if saved is not None:
+            self.keep(saved)
+
+    def keep(self, saved: Tensor) -> None:
+        """The data that the rule will need."""
+        self._saved, self._version = saved.detach(), saved._version
 
     @property
     def saved(self) -> Tensor:
@@ -57,11 +62,6 @@ class Rule(ABC):
                 "out-of-place form"
             )
         return self._saved
-
-    @property
-    def saves_floats(self) -> bool:
-        """False for a rule that saved indices, which no NaN can mark."""
-        return self._saved is None or self._saved.is_floating_point()
 
     def lead(self, grad: Tensor) -> int:
         """How many leading dimensions of the output's gradient samples may vary over."""

@@ -8,8 +8,10 @@ from deepclean_hooks.persample.rules import (
     embedding,
     linear,
     normalization,
+    recurrent,
 )
 
 HANDLERS = merge(
-    module.HANDLERS for module in (linear, convolution, normalization, embedding, einsum, broadcast)
+    module.HANDLERS
+    for module in (linear, convolution, normalization, embedding, einsum, broadcast, recurrent)
 )

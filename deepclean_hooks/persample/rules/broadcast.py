@@ -72,6 +72,16 @@ def meet_prelu(call: Call) -> Tensor:
     return torch.where(x >= 0, x, _tap(call, slope, x.shape, layout) * x)
 
 
+def meet_masked_fill(call: Call) -> Tensor:
+    """`masked_fill(x, mask, w)` with a single value that is a parameter."""
+    x, mask, value = call.positional(3)
+    if not call.is_data(x) or not call.is_parameter(value):
+        raise Unserved("masked_fill of a parameter")
+    full = _common_shape((x.shape, mask.shape))
+    layout = call.layout(x).broadcast(x.shape, full)
+    return torch.where(mask, _tap(call, value, full, layout), x)
+
+
 def meet_batched(call: Call) -> Tensor:
     """Batched products: operands (..., rows, columns) whose leading dimensions are broadcast."""
     reference = call.largest_data()
@@ -111,7 +121,20 @@ _NAMES = [
     "sub",
     "mul",
     "div",
+    "multiply",
+    "subtract",
+    "divide",
     "true_divide",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "clip",
+    "fmax",
+    "fmin",
+    "atan2",
+    "logaddexp",
+    "hypot",
+    "xlogy",
     "where",
     "maximum",
     "minimum",
@@ -120,7 +143,10 @@ _NAMES = [
     "lerp",
     "pow",
 ]
-_IN_PLACE = ["add_", "sub_", "mul_", "div_", "addcmul_", "lerp_", "pow_"]
+_IN_PLACE = [
+    f"{name}_"
+    for name in ("add", "sub", "mul", "div", "multiply", "subtract", "divide", "addcmul", "lerp")
+] + ["pow_", "clamp_", "clip_"]
 _OPERATORS = [
     "add",
     "radd",
@@ -137,10 +163,15 @@ _OPERATORS = [
 
 HANDLERS: Handlers = {
     **dict.fromkeys((getattr(torch, name) for name in _NAMES), meet_elementwise),
-    **dict.fromkeys((getattr(Tensor, name) for name in _NAMES + _IN_PLACE), meet_elementwise),
+    **dict.fromkeys(
+        (getattr(Tensor, name) for name in _NAMES + _IN_PLACE if hasattr(Tensor, name)),
+        meet_elementwise,
+    ),
     **dict.fromkeys((getattr(Tensor, f"__{name}__") for name in _OPERATORS), meet_elementwise),
     **dict.fromkeys((Tensor.__rsub__, torch.rsub, Tensor.__rtruediv__), meet_elementwise),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), meet_joined),
     F.prelu: meet_prelu,
+    torch.masked_fill: meet_masked_fill,
+    Tensor.masked_fill: meet_masked_fill,
     F.scaled_dot_product_attention: meet_batched,
 }

@@ -89,8 +89,22 @@ def meet_addmm(call: Call) -> Tensor:
     return call.serve(out, Linear(operands, call.n, x, layout))
 
 
+def meet_bilinear(call: Call) -> Tensor:
+    """`F.bilinear(a, b, W, bias)`: a linear layer over the products of every two inputs."""
+    a = call.bind("input1", "input2", "weight", "bias", bias=None)
+    one, two, weight, bias = a["input1"], a["input2"], a["weight"], a["bias"]
+    if not call.is_data(one) or not call.is_data(two) or call.is_data(weight):
+        raise Unserved("bilinear of another form than two inputs of data")
+    x, flat = (one[..., :, None] * two[..., None, :]).flatten(-2), weight.flatten(1)
+    layout = call.layout(x)
+    layout.require_outside(x, 1)
+    out = F.linear(x, call.cut(flat), call.cut(bias))
+    return call.serve(out, Linear(call.operands(weight=flat, bias=bias), call.n, x, layout))
+
+
 HANDLERS: Handlers = {
     F.linear: meet_linear,
+    torch.bilinear: meet_bilinear,
     torch.addmm: meet_addmm,
     **dict.fromkeys(
         (
