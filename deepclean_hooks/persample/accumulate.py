@@ -84,6 +84,10 @@ class Sums:
         """The names to which something was added."""
         return list(dict.fromkeys((*self._totals, *self.scratch, *self._products)))
 
+    def restore(self, name: str, total: Tensor) -> None:
+        """Adds what `take` gave up."""
+        self._add_total(name, total)
+
     def take(self, name: str) -> Tensor:
         """One sum, which is no longer kept here afterwards."""
         self._flush(name)

@@ -9,6 +9,7 @@ summed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,16 @@ from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import probe
 from deepclean_hooks.persample.accumulate import Sums
-from deepclean_hooks.persample.forwards import ModelChanged, ServedPass, SharedRows, Use
+from deepclean_hooks.persample.forwards import (
+    ImprovisedPass,
+    ModelChanged,
+    ServedPass,
+    SharedRows,
+    Use,
+)
 from deepclean_hooks.persample.intercept import Interception
 from deepclean_hooks.persample.owners import OWNED_SAMPLES, Owners, Unowned, weights
-from deepclean_hooks.persample.plan import Plan
+from deepclean_hooks.persample.plan import Plan, classify
 from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET, Planner, Plans
 from deepclean_hooks.persample.pullback import per_sample_through, squares_through
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
@@ -113,6 +120,13 @@ class SquaredGradients(Planner):
         """Before a plan exists nothing is done with a gradient."""
 
     def _add(self, batch: Batch, counted: int, plan: Plan, sums: Sums, loops: bool = True) -> None:
+        try:
+            self._add_whole(batch, counted, plan, sums, loops)
+        except _InPieces as reason:  # comes before anything is added
+            for piece, part in _pieces(batch, counted, reason.most):
+                self._add(piece, part, plan, sums, loops)
+
+    def _add_whole(self, batch: Batch, counted: int, plan: Plan, sums: Sums, loops: bool) -> None:
         padded = batch
         if batches.size(batch) == 1:
             # Padded with its own copy, whose loss is left out: see loop.squared_gradients for the
@@ -121,18 +135,17 @@ class SquaredGradients(Planner):
         looped = {n: self.parameters[n] for n in plan.loop} if loops else {}
         if len(plan.loop) < len(self.parameters):
             try:
-                self._backward(padded, counted, plan, sums)
-            except _InPieces:
-                for piece, part in _pieces(batch, counted, OWNED_SAMPLES):
-                    self._add(piece, part, plan, sums, loops)
-                return
+                with _alone(plan.unverified if loops else (), sums):
+                    self._backward(padded, counted, plan, sums, fixed=not loops)
+                    if loops and plan.unverified:
+                        self._verify(batch, counted, plan, sums)
             except ModelChanged as reason:
                 if not loops:
                     raise
+                if self._improvised(padded, counted, plan, sums):
+                    return
                 looped = self.parameters
                 self.notes.update(dict.fromkeys(self.parameters, f"in some batches: {reason}"))
-        if loops and plan.unverified and looped is not self.parameters:
-            self._verify(batch, counted, plan, sums)
         if looped:
             self._loop(batch, counted, looped, sums)
 
@@ -151,9 +164,12 @@ class SquaredGradients(Planner):
                 if expected is None or (found is not None and expected != [found]):
                     raise ModelChanged(f"{found} is used where the probe saw {expected}")
 
-    def _backward(self, batch: Batch, counted: int, plan: Plan, sums: Sums) -> None:
+    def _backward(self, batch: Batch, counted: int, plan: Plan, sums: Sums, fixed: bool) -> None:
+        """`fixed`: the plan is of this very batch."""
         forward, loss = self._forward(batch, plan)
         self._require_same_operands(forward, plan)
+        if forward.branched and not fixed and plan.split():
+            raise ModelChanged("the data may choose which entries of a parameter are used")
         if not self._weighed(forward, loss, counted, plan):
             self._squared(forward, loss, counted, plan, sums)
             return
@@ -162,6 +178,45 @@ class SquaredGradients(Planner):
         self._squared(forward, loss, counted, plan, apart)
         for name in apart.added():
             sums.add(name, apart.take(name))
+
+    def _improvised(self, batch: Batch, counted: int, plan: Plan, sums: Sums) -> bool:
+        """Adds the squares of a batch whose operations are not those of the plan; False if it has
+        to go to the loop.
+
+        A parameter that met the data in this way in no batch before is compared with the loop.
+        """
+        forward = ImprovisedPass(batches.size(batch), self._anchor, self._ignore)
+        with Interception(forward):
+            loss = self.loss_fn(self.model, probe.marked(batch))
+        loss = losses.per_sample(loss, forward.n)
+        own = classify(forward.seen, forward.uses, forward.refused, loss, self.parameters)
+        own.demote(plan.loop)
+        if forward.n > self._most(own):
+            raise _InPieces(self._most(own))
+        apart = self._new_sums(loss.dtype)
+        try:
+            self._weighed(forward, loss, counted, own)
+            self._squared(forward, loss, counted, own, apart)
+        except SharedRows:
+            return False
+        new = {name for met in own.met(self.parameters) - plan.checked for name in met[2]}
+        if new:
+            truth = self._one_by_one({n: self.parameters[n] for n in new}, batch, counted)
+            errors = self._compared(apart.take, iter([truth]))
+            largest = max(plan.largest, probe.largest(errors))
+            wrong = probe.disagreements(errors, largest, plan.coarse)
+            right = {name for name, (_, size, _) in errors.items() if size and name not in wrong}
+            plan.checked |= {met for met in own.met(self.parameters) if set(met[2]) <= right}
+            for name, squares in truth.items():
+                sums.add(name, squares)
+        for name in apart.added():
+            sums.add(name, apart.take(name))
+        looped = {n: self.parameters[n] for n in own.loop}
+        if looped:
+            for name in looped.keys() - plan.loop.keys():
+                self.notes[name] = f"in some batches: {own.loop[name]}"
+            self._loop(batch, counted, looped, sums)
+        return True
 
     def _weighed(self, forward: ServedPass, loss: Tensor, counted: int, plan: Plan) -> bool:
         """Runs the backward of the weighed loss where it takes that to tell the samples apart."""
@@ -175,7 +230,7 @@ class SquaredGradients(Planner):
             return False
         plan.owned = True
         if forward.n > OWNED_SAMPLES:
-            raise _InPieces
+            raise _InPieces(OWNED_SAMPLES)
 
         @torch.no_grad()
         def note(use: Use, grad: Tensor) -> None:
@@ -257,7 +312,22 @@ class SquaredGradients(Planner):
 
 
 class _InPieces(Exception):
-    """The batch has more samples than a weighed backward tells apart."""
+    """The batch has more samples than a weighed backward tells apart, or memory holds: `most`."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"at most {most} samples")
+        self.most = most
+
+
+@contextmanager
+def _alone(names: Collection[str], sums: Sums) -> Iterator[None]:
+    """Inside, the sums of these parameters are of what is added inside."""
+    apart = {name: sums.take(name) for name in sorted(names) if sums.any(name)}
+    try:
+        yield
+    finally:
+        for name, total in apart.items():
+            sums.restore(name, total)
 
 
 def _pieces(batch: Batch, counted: int, most: int) -> Iterator[tuple[Batch, int]]:

@@ -84,8 +84,8 @@ class Pass(Forward):
         return call.with_parameters(lambda w: w.detach())
 
     @abstractmethod
-    def read(self, number: int) -> None:
-        """An integer of the data became a number of Python's."""
+    def read(self, number: int | bool) -> None:
+        """A value of the data became a number of Python's."""
 
     def passed(self, call: Call, out: Any) -> Any:
         """What an operation on the data returns, or what is to go on in its place."""
@@ -183,6 +183,7 @@ class ServedPass(Pass):
         self.seen, self.anchor, self.receive = seen, anchor, receive
         self.uses: list[Use] = []
         self.refused: list[tuple[list[Tensor], str]] = []
+        self.branched = False  # whether the data became a number or a truth value of Python's
         self.dtypes: set[torch.dtype] = set()  # in which parameters met the data
         self._asked = self._read = 0
         self._place = ("meeting", 0)
@@ -221,7 +222,10 @@ class ServedPass(Pass):
         """For a tensor whose rows are not those of the probe's layout."""
         return Owners(self.n)
 
-    def read(self, number: int) -> None:
+    def read(self, number: int | bool) -> None:
+        self.branched = True
+        if isinstance(number, bool):  # what follows shows in the operations
+            return
         at, self._read = self._read, self._read + 1
         if self.seen.reads[at : at + 1] != [number]:
             self.wanders = True
@@ -274,3 +278,23 @@ class ServedPass(Pass):
         copies = self.tap(out.detach(), _copied(call.args[0], out, self.n, place))
         mark(copies)
         return copies
+
+
+class ImprovisedPass(ServedPass):
+    """Serves a batch whose operations are not the probe's: no layout is known, so all samples are
+    told apart in the backward."""
+
+    def __init__(self, n: int, anchor: Tensor, receive: Callable[[Use, Tensor], None]) -> None:
+        super().__init__(n, Meetings(), anchor, receive)
+
+    def begin(self, call: Call) -> None:
+        Pass.begin(self, call)
+
+    def layout(self, x: Tensor) -> Place:
+        return Owners(self.n)
+
+    def read(self, number: int | bool) -> None:
+        """It says nothing here."""
+
+    def expanded(self, call: Call) -> Any:
+        return call.func(*call.args, **call.kwargs)  # pulled back where it meets the data

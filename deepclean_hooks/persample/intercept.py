@@ -70,6 +70,8 @@ _READS = {
     Tensor.item,
     Tensor.__int__,
     Tensor.__index__,
+    Tensor.__bool__,
+    Tensor.is_nonzero,
 }
 # They move rows by what the data is; `getitem` and the like where the index is data.
 _MOVES = {
@@ -176,7 +178,7 @@ class Interception(TorchFunctionMode):
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if func not in _READS:
             self.forward.wanders |= _moves(func, args, kwargs)
-        elif type(out) is int:
+        elif isinstance(out, int):
             self.forward.read(out)
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,6 +23,9 @@ from deepclean_hooks.persample.rules.broadcast import Carrying
 Operand = tuple[int, str]
 """(index of the use, name of the operand)."""
 
+Met = tuple[str, str, tuple[str, ...]]
+"""(Name of the rule, name of the operand, the parameters that it is made of)."""
+
 Present = Callable[[Collection[str]], AbstractContextManager[None]]
 
 
@@ -31,9 +34,10 @@ class Plan:
     """How one form of batch is served; parameters in neither `served_by` nor `loop` do not reach
     the loss.
 
-    `unverified`: those whose gradient was 0 in all samples seen so far. `largest`: the largest sum
-    of the self-check. `owned`: whether samples have to be told apart in each backward. `coarse`:
-    whether the model computes in less than its parameters' precision.
+    `checked`: what the one-sample loop has confirmed, in whatever batch. `unverified`: parameters
+    whose gradient was 0 in all samples seen so far. `largest`: the largest sum of the self-check.
+    `owned`: whether samples have to be told apart in each backward. `coarse`: whether the model
+    computes in less than its parameters' precision.
     """
 
     seen: Meetings
@@ -41,6 +45,8 @@ class Plan:
     pulled: set[Operand] = field(default_factory=set)
     sources: dict[Operand, list[str]] = field(default_factory=dict)
     places: dict[int, tuple[str, int]] = field(default_factory=dict)
+    rules: dict[int, str] = field(default_factory=dict)
+    checked: set[Met] = field(default_factory=set)
     served_by: dict[str, list[str]] = field(default_factory=dict)
     pulled_parameters: set[str] = field(default_factory=set)
     loop: dict[str, str] = field(default_factory=dict)
@@ -53,6 +59,19 @@ class Plan:
     def operands_of(self, names: Collection[str]) -> list[Operand]:
         """The operands made of these parameters."""
         return [key for key, sources in self.sources.items() if set(sources) & set(names)]
+
+    def met(self, names: Collection[str]) -> set[Met]:
+        """In which way these parameters, alone or with others of them, meet the data."""
+        return {
+            (self.rules[use], operand, tuple(self.sources[use, operand]))
+            for use, operand in self.fast | self.pulled
+            if set(self.sources[use, operand]) <= set(names)
+        }
+
+    def split(self) -> bool:
+        """Whether a parameter is used more than once, each time other entries of it."""
+        used = [name for key in self.fast for name in self.sources[key]]
+        return len(used) > len(set(used))
 
     def parameters_of(self, use: int) -> set[str]:
         """The parameters that the operands of a use are made of."""
@@ -106,6 +125,7 @@ def classify(
     ended in. `present(names)`: inside it the values of these parameters can be read."""
     names = {id(p): name for name, p in parameters.items()}
     plan = Plan(seen, places={use.index: use.place for use in uses})
+    plan.rules = {use.index: type(use.rule).__name__ for use in uses}
     operands = {
         (use.index, name): (operand, use.rule)
         for use in uses

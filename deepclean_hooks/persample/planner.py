@@ -147,6 +147,7 @@ class Planner(ABC):
         wrong = probe.disagreements(errors, plan.largest, plan.coarse)
         plan.demote(wrong)
         zero = {name for name, (_, size, _) in errors.items() if size == 0}
+        plan.checked |= plan.met(errors.keys() - wrong.keys() - zero)
         plan.unverified = zero & set(plan.served_by) - set(plan.loop)
         return set(wrong)
 
@@ -160,6 +161,7 @@ class Planner(ABC):
             plan.demote(probe.disagreements(errors, plan.largest, plan.coarse))
             for name, squares in truth.items():
                 sums.add(name, squares)
+        plan.checked |= plan.met(set(awake) - set(plan.loop))
         plan.unverified.difference_update(awake)
         self.notes.update(plan.loop)
 

@@ -44,12 +44,18 @@ class ShapePass(_Probing):
         super().__init__(n)
         self.shapes: list[torch.Size] = []
         self.reads: list[int] = []
+        self.functions: list[Callable[..., Any]] = []
+
+    def begin(self, call: Call) -> None:
+        super().begin(call)
+        self.functions.append(call.func)
 
     def layout(self, x: Tensor) -> Layout:
         return Layout(0)
 
-    def read(self, number: int) -> None:
-        self.reads.append(number)
+    def read(self, number: int | bool) -> None:
+        if not isinstance(number, bool):
+            self.reads.append(number)
 
     def expanded(self, call: Call) -> Any:
         out = call.func(*call.args, **call.kwargs)
@@ -86,7 +92,7 @@ class NaNPass(_Probing):
         self.seen.layouts[-1].append((layout, x.shape))
         return Owners(self.n) if layout is None else layout
 
-    def read(self, number: int) -> None:
+    def read(self, number: int | bool) -> None:
         """It may come from a NaN; those of the other pass count."""
 
     def passed(self, call: Call, out: Any) -> Any:

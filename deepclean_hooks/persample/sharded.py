@@ -64,6 +64,10 @@ class ShardedSums(Sums):
         """Whether this rank's part of a sum has an entry that is not 0."""
         return bool(self._part(name).any())
 
+    def restore(self, name: str, total: Tensor) -> None:
+        """Adds this rank's part, as `take` gave it up."""
+        self._part(name).add_(total)
+
     def take(self, name: str) -> Tensor:
         """This rank's part of one sum, which is no longer kept here afterwards."""
         part = self._part(name)
@@ -270,6 +274,9 @@ class ShardedSquaredGradients(SquaredGradients):
         if told:
             fsdp.settle(self.model)
             raise ModelChanged(told[0])
+
+    def _improvised(self, batch: Batch, counted: int, plan: Plan, sums: Sums) -> bool:
+        return False  # samples are not told apart in the backward on several ranks
 
     def _loop(self, batch: Batch, counted: int, looped: Mapping[str, Tensor], sums: Sums) -> None:
         for group in probe.groups(looped, self._group_bytes()):
