@@ -11,7 +11,6 @@ from lab.reference import relative_error, squared_gradients
 LOOPED = {
     "no rule (cdist)": {"raw"},
     "custom function": {"weight"},
-    "lstm": {f"lstm.{kind}_{way}_l0" for kind in ("weight", "bias") for way in ("ih", "hh")},
 }
 
 
