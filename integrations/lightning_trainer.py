@@ -125,6 +125,12 @@ class DeepCleanLightningCallback(UnlearningCallback, Callback):  # type: ignore[
             )
             _log(trainer, figures)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finishes a run whose checkpoint was its last: Lightning then leaves the training out."""
+        if self._loaded is not None:
+            self.on_train_start(trainer, pl_module)
+            self._end(trainer)
+
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
@@ -140,7 +146,9 @@ class DeepCleanLightningCallback(UnlearningCallback, Callback):  # type: ignore[
     @contextlib.contextmanager
     def _around_the_end(self, strategy: Any, name: str) -> Iterator[None]:
         yield
-        trainer = strategy.lightning_module.trainer
+        self._end(strategy.lightning_module.trainer)
+
+    def _end(self, trainer: Trainer) -> None:
         averaged = any(isinstance(callback, _AVERAGES) for callback in trainer.callbacks)
         report = self._finish(self._reports(trainer), averaged=averaged)
         if report is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import re
 import sys
@@ -341,18 +342,24 @@ def _require_complete(folder: Path) -> None:
     """
     with ranks.fail_together():
         ours = (folder / FILE).is_file() or re.fullmatch(r"checkpoint-\d+", folder.name)
-        if not ours or (folder / _STATE).is_file():
+        if not ours or _is_complete(folder):
             return
-        complete = [
-            path.parent
-            for path in folder.parent.glob(f"checkpoint-*/{FILE}")
-            if path.with_name(_STATE).is_file()
-        ]
+        written = [path.parent for path in folder.parent.glob(f"checkpoint-*/{FILE}")]
+        complete = [path for path in written if _is_complete(path)]
         last = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
         way_out = _WAY_OUT if last is None else f"pass resume_from_checkpoint={str(last)!r}"
         raise BrokenRun(
-            f"{folder} has no {_STATE}: it was cut while it was being written. {way_out}"
+            f"{folder} has no whole {_STATE}: it was cut while it was being written. {way_out}"
         )
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the file that the Trainer writes last is there, and whole."""
+    try:
+        json.loads((folder / _STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _verified(model: nn.Module, folder: Path) -> dict[str, Any]:

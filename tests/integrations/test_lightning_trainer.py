@@ -349,3 +349,19 @@ def test_every_option_reaches_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "report.txt").exists()
     with pytest.raises(TypeError, match="no option 'golds'; the options are loss_fn"):
         callback(golds=1)
+
+
+def test_a_run_that_was_killed_before_its_report_is_finished(tmp_path: Path) -> None:
+    """Fails if resuming from the last checkpoint, where Lightning has nothing left to train, leaves
+    the run without its count and its report."""
+    model = Classifier()
+    saving = lightning.callbacks.ModelCheckpoint(tmp_path, "last")
+    fit = trainer(tmp_path / "first", callback(), saving, enable_checkpointing=True)
+    fit.fit(model, loader())
+    again, run = Classifier(), callback()
+    last = str(tmp_path / "last.ckpt")
+    trainer(tmp_path / "again", run).fit(again, loader(), ckpt_path=last, weights_only=False)
+    assert same_bits(bits_of(model), bits_of(again))
+    assert run.report.phase == "finished"
+    assert run.report.optimizer_steps == 16
+    assert json.loads((tmp_path / "again" / "report.json").read_text())["phase"] == "finished"
