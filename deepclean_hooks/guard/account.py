@@ -33,10 +33,13 @@ def checksums(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: int(total) for name, total in zip(parameters, sums, strict=True)}
 
 
-def remarks(account: Mapping[str, Account], reset: Mapping[str, int], steps: int) -> list[str]:
+def remarks(
+    account: Mapping[str, Account], reset: Mapping[str, int], *, seen: int, before: int
+) -> list[str]:
     """What a report has to say about reset entries that did not train; all ranks call this.
 
-    `reset`: how many entries of each parameter were reset; `steps`: of optimizers, in all.
+    `reset`: how many entries of each parameter were reset; `seen`: optimizer steps since the guard
+    was set; `before`: those of the run that this one goes on from.
     """
     together = ranks.gather(dict(account))
     wanted = {
@@ -47,9 +50,14 @@ def remarks(account: Mapping[str, Account], reset: Mapping[str, int], steps: int
     if not wanted:
         return []
     moved = {name for name, parts in wanted.items() if any(part.moved for part in parts)}
-    if not steps:
-        return [_WRITTEN if moved else _UNTOUCHED]
-    still = {name: parts for name, parts in wanted.items() if name not in moved}
+    if not seen:
+        return [] if before else [_WRITTEN if moved else _UNTOUCHED]
+    still = {
+        name: parts
+        for name, parts in wanted.items()
+        # What trained before a resume is 0 no more.
+        if name not in moved and not (before and any(part.zero < part.free for part in parts))
+    }
     unowned = [name for name, parts in still.items() if not any(part.owned for part in parts)]
     unreached = [
         name

@@ -41,8 +41,8 @@ def follow(owner: Any, name: str, around: Around) -> Callable[[], None]:
 
 
 def _put_back(owner: Any, name: str, method: object, before: object | None) -> None:
-    # Wrapped again by someone else (a scheduler made later): theirs stays, and `after` does
-    # nothing.
+    # Wrapped again since (by a scheduler made later): that wrapper stays and goes on calling
+    # `followed`, whose `around` finds nothing left to do.
     if vars(owner).get(name) is not method:
         return
     if before is None:

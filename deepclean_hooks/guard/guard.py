@@ -205,8 +205,8 @@ class Guard:
         steps of the run, if it is a resumed one. On several ranks all call this. Empty if there is
         nothing to say. Raises RuntimeError after `release()`.
         """
-        seen = self.steps if steps is None else steps
-        said = accounts.remarks(self.account(), reset, seen)
+        before = 0 if steps is None else steps - self.steps
+        said = accounts.remarks(self.account(), reset, seen=self.steps, before=before)
         copies = [] if self._averages is None else self._averages.moved()
         return [*filter(None, [self._unseen.remark()]), *said, *copies]
 

@@ -62,12 +62,12 @@ def unwrapped(optimizer: Any) -> Any:
 
 def layers(optimizer: Any) -> list[Any]:
     """The optimizer, then those it steps (Lookahead, SAM, schedule-free wrappers hold some)."""
-    found = [optimizer]
-    for layer in found:  # grows as it is walked
+    stacked = [optimizer]
+    for layer in stacked:  # grows as it is walked
         for value in vars(layer).values():
-            if isinstance(value, Optimizer) and all(value is not other for other in found):
-                found.append(value)
-    return found
+            if isinstance(value, Optimizer) and all(value is not known for known in stacked):
+                stacked.append(value)
+    return stacked
 
 
 def stepping_around(optimizer: Any) -> Any:
