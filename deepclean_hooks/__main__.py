@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TextIO
 
 from deepclean_hooks.report import html, small_sets, stored_report
-from deepclean_hooks.report.verify import printable, shortened, unvouched, verify
+from deepclean_hooks.report.printable import printable, shortened
+from deepclean_hooks.report.verify import unvouched, verify
 from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.files import write_text
 

@@ -7,8 +7,8 @@ import re
 from html import escape
 
 from deepclean_hooks.report import rows
+from deepclean_hooks.report.printable import printable
 from deepclean_hooks.report.stored_report import Document
-from deepclean_hooks.report.verify import printable
 
 
 def markdown(report: Document) -> str:

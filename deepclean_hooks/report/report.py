@@ -14,8 +14,8 @@ import torch
 
 from deepclean_hooks.report import html, markdown, small_sets, stored_report
 from deepclean_hooks.report.layers import Layer
+from deepclean_hooks.report.printable import printable
 from deepclean_hooks.report.stored_report import SCHEMA
-from deepclean_hooks.report.verify import printable
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepclean_hooks.report import stored_report
+from deepclean_hooks.report.printable import printable, shortened
 from deepclean_hooks.report.stored_report import Document
 from deepclean_hooks.stored import bits, checkpoint
 from deepclean_hooks.stored.naming import naming
@@ -57,19 +58,6 @@ class Check:
         word = {True: "ok      ", False: "MISMATCH", None: "skipped "}[self.right]
         what, seen = (shortened(printable(text), _LONGEST_LINE) for text in (self.what, self.seen))
         return f"{word} {what}: {seen}"
-
-
-def printable(text: str) -> str:
-    """Text of a file for a terminal: one line, control and invisible characters escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
-
-
-def shortened(text: str, most: int) -> str:
-    """The beginning of a text that is too long to show."""
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def verify(

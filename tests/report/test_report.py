@@ -148,12 +148,13 @@ def test_the_choice_of_gamma_is_told() -> None:
 
 def test_names_are_text_and_no_markup(report: deepclean.Report) -> None:
     """Fails if a layer or a warning can put markup into the page."""
-    bad = "<script>alert(1)</script>"
+    bad = "<script>alert(1)</script>\u202e\x1b[2J"
     layer = type(report.layers[0])(bad, 4, 2)
     replaced = {**vars(report), "layers": (layer,), "warnings": (bad,), "method": bad}
     text = type(report)(**replaced).to_html()
     assert "<script" not in text
     assert "&lt;script" in text
+    assert all(line.isprintable() for line in text.splitlines())
     assert "<script" not in type(report)(**replaced).to_markdown()
 
 
