@@ -20,7 +20,8 @@ from torch.utils.data import default_collate
 
 from deepclean_hooks.data import batches
 from deepclean_hooks.data.batches import Batch
-from deepclean_hooks.data.layout import Layout, marked
+from deepclean_hooks.data.layout import Layout, marked, of_collate
+from deepclean_hooks.model import random_state
 from deepclean_hooks.stored.bits import as_bytes
 
 PLAIN = "each sample, which is collated as it is"
@@ -47,10 +48,18 @@ class Identifying:
     """A collate function that also gives the fingerprints of the samples: (ids, batch).
 
     The ids are those of the batch's rows where the batch does not hold the samples one by one.
+    `form` is the layout of its batches; `learns`: it is seen from the first batch of three samples.
     """
 
-    def __init__(self, collate: Callable[[Any], Batch] | None, form: Layout | None = None) -> None:
+    def __init__(
+        self,
+        collate: Callable[[Any], Batch] | None,
+        form: Layout | None = None,
+        *,
+        learns: bool = False,
+    ) -> None:
         self.collate, self.form = collate or default_collate, form
+        self.learns = learns and kind_of(collate) == SAMPLES
 
     def __call__(self, samples: Any) -> tuple[list[int], Batch]:
         """Fingerprints first: a collate function may change the samples."""
@@ -58,6 +67,9 @@ class Identifying:
         if isinstance(samples, Sequence):
             # None stands for a sample that could not be read, which collate functions drop.
             ids = [of_sample(sample) for sample in samples if sample is not None]
+            if self.learns and len(samples) > 2:
+                with random_state.kept():
+                    self.form, self.learns = of_collate(self.collate, list(samples[:3])), False
         batch = marked(self.collate(samples), self.form)
         with contextlib.suppress(TypeError):
             if ids is None or batches.size(batch) != len(ids):

@@ -71,7 +71,7 @@ def as_index(value: Any) -> Index:
 
 def _innermost(loader: DataLoader[Any]) -> tuple[Any, bool]:
     """(The sampler inside all batch samplers, whether what it draws are batches of indices)."""
-    sampler: Any = loader.batch_sampler
+    sampler: Any = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     batched = True
     while True:
         if hasattr(sampler, "batch_sampler"):  # Accelerate's shards wrap the user's batch sampler

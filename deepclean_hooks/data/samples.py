@@ -156,6 +156,12 @@ def samples_of(
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
     read = loaders.opened(data)
     if read is not None:
+        inner: Any = read.loader.dataset
+        if not isinstance(inner, IterableDataset) and not hasattr(inner, "__getitem__"):
+            raise TypeError(
+                f"{name} is a DataLoader around a {type(inner).__name__}, which has no samples to "
+                f"draw; pass the {type(inner).__name__} itself"
+            )
         return _of_loader(read, name, batch_size, collate_fn)
     if isinstance(data, IterableDataset):
         return _of_stream(data, name, batch_size or DEFAULT_BATCH_SIZE, collate_fn)
@@ -220,7 +226,7 @@ def _of_stream(
     finish = None if read is None else read.finish
     collate = loaders.unmixed(collate)
 
-    batched = None if batch_size is None else Identifying(collate)
+    batched = None if batch_size is None else Identifying(collate, learns=True)
 
     def start() -> Iterator[tuple[list[int], Batch]]:
         plain: DataLoader[Any] = DataLoader(
@@ -242,7 +248,9 @@ def _of_stream(
             ids, batch = (batches.sample_ids(each), each) if batched is None else each
             yield ids, batch if finish is None else finish(batch)
 
-    length = len(dataset) if batched is not None and hasattr(dataset, "__len__") else None
+    length = None
+    with contextlib.suppress(TypeError):  # a chain of streams has a __len__ that raises
+        length = len(dataset) if batched is not None and hasattr(dataset, "__len__") else None
     kind = fingerprints.ROWS if batched is None else fingerprints.kind_of(collate)
     stream = Stream(start, name, kind, length)
     loader = None if read is None else read.loader
@@ -259,9 +267,9 @@ def _as_it_is(read: Opened, name: str) -> Samples:
             yield batches.sample_ids(batch), batch
 
     length = None
-    if read.loader.batch_sampler is not None and not isinstance(
-        read.loader.dataset, IterableDataset
-    ):
+    drawn = read.loader.batch_sampler or read.loader.sampler
+    # Without batches of the loader's, an index may stand for a batch that the data set has made.
+    if hasattr(drawn, "batch_size") and not isinstance(read.loader.dataset, IterableDataset):
         length = len(indices.of_loader(read.loader, name))
     stream = Stream(start, name, fingerprints.ROWS, length)
     return Samples(

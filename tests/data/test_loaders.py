@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from deepclean_hooks import FisherDiagonal, fisher_diagonal
 from deepclean_hooks.data.samples import samples_of
@@ -243,3 +243,52 @@ def test_class_weights_travel_with_the_batch(size: int) -> None:
     assert found.count == 12
     for name, total in squares(model, images(), weights).items():
         torch.testing.assert_close(found.sums[name], total, rtol=1e-9, atol=1e-12)
+
+
+class Streamed(IterableDataset):
+    """The images, without indices."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return iter(images())
+
+
+def test_class_weights_travel_with_the_batches_of_a_stream() -> None:
+    """Fails if the layout of a batch is known only where samples have indices."""
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+
+    def weighted(rows: list[tuple[Tensor, int]]) -> dict[str, object]:
+        return {**named(rows), "weights": weights}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        losses = nn.functional.cross_entropy(
+            model(batch["images"]), batch["labels"], reduction="none"
+        )
+        return losses * batch["weights"][batch["labels"]]
+
+    model = Lists().double()
+    loader = DataLoader(Streamed(), 4, collate_fn=weighted)
+    found = fisher_diagonal(model, loader, loss_fn=loss, progress=False)
+    for name, total in squares(model, images(), weights).items():
+        torch.testing.assert_close(found.sums[name], total, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loader_in_a_loader_is_refused_with_what_works() -> None:
+    """Fails if wrapping a loader once more, which cannot work, ends in an error from inside."""
+    loader = timm_loader()
+    for wrapped in (DataLoader(loader), DataLoader(loader, batch_size=None)):
+        with pytest.raises(TypeError, match=r"around a PrefetchLoader, .*pass the PrefetchLoader"):
+            fisher_diagonal(network(), wrapped, progress=False)
+
+
+def test_batches_drawn_by_the_data_set_itself() -> None:
+    """Fails if what a batch sampler drops goes unnoticed where the data set makes the batches."""
+    from torch.utils.data import BatchSampler, RandomSampler
+
+    def drawing(drop_last: bool) -> DataLoader:
+        sampler = BatchSampler(RandomSampler(floats()), 5, drop_last)
+        return DataLoader(floats(), batch_size=None, sampler=sampler)
+
+    expected = fisher_diagonal(network(), floats(), progress=False)
+    assert_same(fisher_diagonal(network(), drawing(False), progress=False), expected)
+    with pytest.raises(ValueError, match="20 distinct samples of 22: it leaves samples out"):
+        fisher_diagonal(network(), drawing(True), progress=False)

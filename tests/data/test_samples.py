@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
+    ChainDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -286,6 +287,11 @@ def test_a_stream_without_length_has_a_limit(monkeypatch: pytest.MonkeyPatch) ->
         measured(DataLoader(Noise(), 8))
 
 
+def test_a_chain_of_streams() -> None:
+    """Fails if its length, which it has only where its parts have one, is asked for."""
+    assert same(measured(ChainDataset([Rest(), First()])), measured(Doubles()))
+
+
 class Changing(Stream):
     """A random transform."""
 
@@ -356,6 +362,13 @@ def test_what_is_no_set_is_refused_with_the_way_out() -> None:
         samples_of(iter([1]))
     with pytest.raises(ValueError, match="batch_size must be a positive integer, got 0"):
         samples_of(Doubles(), batch_size=0)
+
+
+class First(Stream):
+    """The first eight."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return map(Doubles().__getitem__, range(8))
 
 
 class Rest(Stream):
