@@ -39,6 +39,7 @@ from deepclean_hooks.methods import (
 )
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.metrics.evaluation import Evaluation
+from deepclean_hooks.metrics.forgetting import Forgetting
 from deepclean_hooks.persample.explain import Explanation, explain
 from deepclean_hooks.report.report import Report
 from deepclean_hooks.session import Session
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from deepclean_hooks.integrations.lightning_trainer import DeepCleanLightningCallback
     from deepclean_hooks.integrations.loop import unlearning
     from deepclean_hooks.integrations.recipe import unlearn
+    from deepclean_hooks.integrations.stopping import WhenForgotten
     from deepclean_hooks.integrations.trainer import DeepCleanCallback
 
 # Adapters are loaded when first asked for: some need libraries that the core does not.
@@ -60,6 +62,7 @@ _ADAPTERS = {
     "DeepCleanHook": "accelerator",
     "DeepCleanLightningCallback": "lightning_trainer",
     "ImageClassifier": "classifier",
+    "WhenForgotten": "stopping",
     "unlearn": "recipe",
     "unlearning": "loop",
 }
@@ -85,6 +88,7 @@ __all__ = [
     "FisherDiagonal",
     "FisherForgetting",
     "FisherMask",
+    "Forgetting",
     "GammaChoice",
     "GammaSweep",
     "Guard",
@@ -100,6 +104,7 @@ __all__ = [
     "Retrain",
     "SalUn",
     "Session",
+    "WhenForgotten",
     "__version__",
     "choose_gamma",
     "evaluate",

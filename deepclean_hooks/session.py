@@ -24,6 +24,7 @@ from deepclean_hooks.measure.request import Measured, measured, require_of_use
 from deepclean_hooks.measure.usable import require_usable
 from deepclean_hooks.methods.method import Mask, Method
 from deepclean_hooks.metrics.evaluation import Evaluation
+from deepclean_hooks.metrics.forgetting import Forgetting, forgetting
 from deepclean_hooks.metrics.scoring import require_comparable, scored
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.model.wrappers import require_trainable, unwrap
@@ -243,6 +244,11 @@ class Session(Standing):
         """
         self._expect(Guarded, "refresh").guard.refresh(average)
         return self
+
+    def forgotten(self, held_out: Data) -> Forgetting:
+        """How the model meets the forget set beside unseen data of the same kind, asked at any time
+        from `measure` on, in your loop too; all ranks call this."""
+        return forgetting(self.model, self._sets["forget"], held_out, progress=self.progress)
 
     def compact(self) -> dict[str, nn.Parameter]:
         """The free entries as small tensors by parameter name, to build an optimizer of your own

@@ -117,6 +117,10 @@ class LoopRun(Session):
         self._unfinished = False
         super().close()
 
+    def warn(self, text: str) -> None:
+        """Adds a warning to the report, and gives it."""
+        self._account.warn(text)
+
     def write_report(self) -> None:
         """Writes report.json and report.txt, if a folder was given."""
         if self._folder is not None:

@@ -21,6 +21,7 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.samples import Data, samples_of
 from deepclean_hooks.integrations.loop import LoopRun, Unlearning
+from deepclean_hooks.integrations.stopping import Watch, WhenForgotten, required
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.model import no_trace
@@ -46,6 +47,7 @@ def unlearn(
     lr: float = 1e-3,
     seed: int = 0,
     optimizer: MakeOptimizer | None = None,
+    stop: WhenForgotten | None = None,
     resume: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     **options: Unpack[Options],
@@ -58,7 +60,9 @@ def unlearn(
     after so many steps of the optimizer instead, as a request of a few samples needs. `optimizer`
     makes another one of the parameters, such as `partial(torch.optim.SGD, lr=0.01, momentum=0.9)`.
     A method that trains otherwise than by a term beside the loss on D_r does so here, in one
-    process. `resume` and `folder` are those of `unlearning`, the options those of `Session`.
+    process. `stop=WhenForgotten(held_out)` ends the run when the forget set is met as unseen data
+    and the retain set is back; if that never happens, the report's warnings say so. `resume` and
+    `folder` are those of `unlearning`, the options those of `Session`.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
     the same on any number of them, and end with the same model; an incomplete last batch is filled
@@ -75,13 +79,21 @@ def unlearn(
     for name, count in (("epochs", epochs), ("steps", 1 if steps is None else steps)):
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a positive whole number, got {count!r}")
-    if steps is not None and method.own_training:
+    stop = required(stop)
+    if (steps is not None or stop is not None) and method.own_training:
         raise ValueError(
-            f"{method.name} orders the batches of an epoch by itself; pass epochs= and no steps="
+            f"{method.name} orders the batches of an epoch by itself; pass epochs=, and neither "
+            "steps= nor stop="
+        )
+    if stop is not None and resume is not None:
+        raise ValueError(
+            "stop= compares the retain accuracy with the original's, which a resumed run does not "
+            "have any more; leave stop= out"
         )
     require_known(options, "unlearn")
     reading: dict[str, Any] = {key: options.get(key) for key in ("batch_size", "collate_fn")}
-    loader = samples_of(retain, name="retain", **reading).shuffled(seed)
+    kept = samples_of(retain, name="retain", **reading)
+    loader = kept.shuffled(seed)
     per_epoch = len(loader)
     lasting = epochs if steps is None else -(-steps // per_epoch)
     method = method.scheduled(epochs=lasting, steps_per_epoch=per_epoch)
@@ -89,13 +101,23 @@ def unlearn(
     with _launched(model, loader) as (wrapped, accelerator):
         run = LoopRun(wrapped, method, folder=folder, **options)
         make = optimizer or _adam(lr)
+        watch = None if stop is None else Watch(stop, wrapped, kept)
         with Unlearning(run, forget, retain, resume, ()):
             if run.trains and not method.own_training:
                 total = steps or epochs * len(loader)
-                _fine_tune(wrapped, loader, run.loss_fn, total, make, progress, accelerator)
+                gone = samples_of(forget, name="forget", **reading)
+
+                def ends(done: int) -> bool:
+                    return watch is not None and watch.ends(wrapped, gone, done)
+
+                ended = _fine_tune(
+                    wrapped, loader, run.loss_fn, total, make, progress, accelerator, ends
+                )
+                if watch is not None and not ended:
+                    run.warn(f"the run did not end by stop=: {watch.last}")
             elif run.trains:
-                gone = samples_of(forget, name="forget", **reading).shuffled(seed + 1)
-                _train_by_method(run, gone, loader, epochs, make, progress)
+                drawn = samples_of(forget, name="forget", **reading).shuffled(seed + 1)
+                _train_by_method(run, drawn, loader, epochs, make, progress)
     return run.report
 
 
@@ -142,7 +164,9 @@ def _fine_tune(
     make: MakeOptimizer,
     progress: bool,
     accelerator: Accelerator | None,
-) -> None:
+    ends: Callable[[int], bool],
+) -> bool:
+    """Trains for so many steps, or until `ends(steps done)`; returns whether that ended it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = make(trained)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -154,7 +178,7 @@ def _fine_tune(
     hidden = None if progress and ranks.is_first() else True
     with no_trace.training(model), tqdm(total=steps, desc="fine-tune", disable=hidden) as bar:
         epochs = itertools.chain.from_iterable(itertools.repeat(retain))
-        for batch in itertools.islice(epochs, steps):
+        for done, batch in enumerate(itertools.islice(epochs, steps), 1):
             batch = batches.to(batch, device)
             loss = losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
             backward(loss)
@@ -162,7 +186,11 @@ def _fine_tune(
             optimizer.zero_grad()
             schedule.step()
             bar.update()
+            ended = ends(done)
+            if ended:
+                break
     ranks.share_buffers(unwrap(model))
+    return ended
 
 
 def _adam(lr: float) -> MakeOptimizer:
