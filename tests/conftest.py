@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lab.guarding import hooks_of_torch
+from lab.hooks import hooks_of_torch
 
 # The suite runs on two cores, and sums must not depend on how work is divided.
 torch.set_num_threads(1)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from lab.processes import ROOT, in_child
+
 ROWS = ["original", "gold", "zeroed only", "DeepClean", "fine-tune"]
 
 
@@ -15,15 +14,9 @@ def test_forget_digits_forgets(tmp_path: Path) -> None:
     """Fails if the example does not run on a fresh install, a row is missing, or nothing is
     forgotten."""
     written = tmp_path / "rows.json"
-    command = ["examples/forget_digits.py", "--epochs", "3", "--tune", "1", "--json", str(written)]
-    code = (
-        # The checkout stands in for an install.
-        f"import sys, runpy; sys.path[:0] = {[str(ROOT / 'examples'), str(ROOT)]!r}; "
-        f"sys.argv = {command!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    script = ROOT / "examples" / "forget_digits.py"
+    words = ["--epochs", "3", "--tune", "1", "--json", str(written)]
+    ran = in_child(str(script), *words)  # the checkout stands in for an install
     assert ran.returncode == 0, ran.stderr
     scenarios = json.loads(written.read_text(encoding="utf-8"))
     assert len(scenarios) == 2

@@ -11,7 +11,8 @@ from torch import Tensor, nn, optim
 
 from deepclean_hooks.guard.guard import Guard
 from deepclean_hooks.stored.bits import differing
-from lab.guarding import Masks, changed, hooks_on, loss_of, plant, small, snapshot
+from lab.guarding import Masks, changed, loss_of, plant, small, snapshot
+from lab.hooks import hooks_on
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")
 

@@ -9,17 +9,8 @@ import torch
 from torch import nn, optim
 
 from deepclean_hooks.guard.guard import Guard, GuardError
-from lab.guarding import (
-    Masks,
-    changed,
-    hooks_of_torch,
-    hooks_on,
-    loss_of,
-    plain,
-    plant,
-    small,
-    snapshot,
-)
+from lab.guarding import Masks, changed, loss_of, plain, plant, small, snapshot
+from lab.hooks import hooks_of_torch, hooks_on
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")
 

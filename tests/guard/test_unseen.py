@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from deepclean_hooks.guard.guard import Guard, GuardError
-from lab.guarding import Masks, changed, hooks_on, loss_of, plant, small, snapshot
+from lab.guarding import Masks, changed, loss_of, plant, small, snapshot
+from lab.hooks import hooks_on
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")
 

@@ -23,6 +23,7 @@ from transformers import Trainer
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.stored.sealed import BrokenRun
+from lab.hooks import hooks_of_torch
 from lab.methods import ADDITIVE as every_additive_method
 from lab.processes import in_child
 from lab.training import (
@@ -35,7 +36,6 @@ from lab.training import (
     callback,
     data,
     hf_vit,
-    hooks,
     moved,
     same_bits,
     timm_vit,
@@ -52,11 +52,11 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def fresh_state() -> Iterator[None]:
     """Accelerate's shared state is new for each test, and no hook of torch's is left."""
-    before = hooks()
+    before = hooks_of_torch()
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    assert hooks() == before
+    assert hooks_of_torch() == before
 
 
 def retain_loader() -> DataLoader[Any]:

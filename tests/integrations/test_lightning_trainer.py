@@ -18,8 +18,9 @@ import deepclean_hooks as deepclean
 from deepclean_hooks.methods import SSD
 from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.sealed import BrokenRun
+from lab.hooks import hooks_of_torch
 from lab.processes import in_child
-from lab.training import ADDITIVE, FORGET, METHOD, RETAIN, bits_of, hooks, moved, same_bits
+from lab.training import ADDITIVE, FORGET, METHOD, RETAIN, bits_of, moved, same_bits
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of libraries that Lightning imports
@@ -59,9 +60,9 @@ class Classifier(lightning.LightningModule):
 @pytest.fixture(autouse=True)
 def no_trace() -> Iterator[None]:
     """After every test, whatever it did, torch's global hook registries are as before."""
-    before = hooks()
+    before = hooks_of_torch()
     yield
-    assert hooks() == before
+    assert hooks_of_torch() == before
 
 
 def callback(**options: Any) -> deepclean.DeepCleanLightningCallback:

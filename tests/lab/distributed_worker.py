@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.stored.bits import differing, digest
+from lab import small
 
 METHOD = deepclean.DeepClean(gamma=1.1)
 
@@ -40,14 +42,7 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 33), nn.Tanh(), nn.Linear(33, 5))
 
 
-def samples(start: int, stop: int, dtype: torch.dtype = torch.float32) -> TensorDataset:
-    """Samples start..stop of a fixed set of 64."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(64, 1, 6, 6, generator=generator)
-    y = torch.randint(0, 5, (64,), generator=generator)
-    return TensorDataset(x[start:stop].to(dtype), y[start:stop])
-
-
+samples = partial(small.samples, of=64)
 FORGET, RETAIN = samples(0, 13), samples(13, 50)
 OPTIONS: dict[str, Any] = {"scores": False, "progress": False}
 

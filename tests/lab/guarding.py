@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 from torch.nn import functional
-from torch.optim import optimizer as torch_optimizer
 
 from deepclean_hooks.stored.bits import differing
 from lab.optimizers import OPTIMIZERS, Row
 
 Masks = dict[str, Tensor]
-
-
-def hooks_of_torch() -> tuple[list[int], list[int]]:
-    before, after = "_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"
-    return list(getattr(torch_optimizer, before)), list(getattr(torch_optimizer, after))
 
 
 def small(seed: int = 0) -> nn.Sequential:
@@ -120,9 +114,3 @@ def plain(model: nn.Module) -> None:
         optimizer.zero_grad()
         loss_of(model).backward()
         optimizer.step()
-
-
-def hooks_on(model: nn.Module) -> list[object]:
-    on_modules = [(m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
-    on_parameters = [(p._backward_hooks, p._post_accumulate_grad_hooks) for p in model.parameters()]
-    return [list(hooks or ()) for pair in on_modules + on_parameters for hooks in pair]

@@ -6,10 +6,12 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -58,16 +60,40 @@ def found_by_ranks(worker: str, folder: Path) -> Results:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def in_child(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a Python command on one thread in a process of its own, which can import the tests of
+def torchrun(script: Path, *words: str) -> str:
+    """Runs a script in two processes as its reader would; its standard output."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ran = in_child("-m", *launcher, str(script), *words, folder=script.parent, timeout=500)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What a function of a module returns for each rank, which it is given."""
+    torch.multiprocessing.spawn(_on_rank, (work, str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _on_rank(rank: int, work: Callable[[int], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        torch.save(work(rank), Path(folder, f"rank{rank}.pt"))
+    finally:
+        dist.destroy_process_group()
+
+
+def in_child(
+    *command: str, folder: Path = TESTS, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Runs a Python command on one thread in a process of its own, which can import what is in
     `folder`."""
-    paths = os.pathsep.join(map(str, (folder, TESTS, ROOT)))
     return subprocess.run(
         [sys.executable, *command],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env=environment(PYTHONPATH=os.pathsep.join(map(str, (folder, TESTS, ROOT)))),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
     )
 
 

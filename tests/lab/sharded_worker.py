@@ -22,6 +22,7 @@ from deepclean_hooks.model.wrappers import unwrap
 from deepclean_hooks.ranks import fsdp, shards
 from lab import cases
 from lab import distributed_worker as plain
+from lab.hooks import hooks_on
 
 FOLDER = Path()
 
@@ -166,7 +167,8 @@ def state(model: nn.Module) -> list[Any]:
         [(n, id(p), p.requires_grad, p.grad is None) for n, p in model.named_parameters()],
         [plain.full(p).tolist() for p in model.parameters()],
         [(n, b.tolist()) for n, b in model.named_buffers()],
-        [(m.training, len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()],
+        [m.training for m in model.modules()],
+        hooks_on(model),
         torch.get_rng_state().tolist(),
     ]
 

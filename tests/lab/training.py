@@ -10,7 +10,6 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
@@ -170,8 +169,3 @@ def moved(model: nn.Module, then: dict[str, Tensor], free: dict[str, Tensor]) ->
         frozen_moved += int((differ & ~mask).sum())
         free_moved += int((differ & mask).sum())
     return frozen_moved, free_moved
-
-
-def hooks() -> int:
-    """How many global optimizer hooks torch holds."""
-    return len(_global_optimizer_post_hooks) + len(_global_optimizer_pre_hooks)

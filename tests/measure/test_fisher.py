@@ -3,6 +3,7 @@ way out."""
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,22 +26,15 @@ from deepclean_hooks.data import batches
 from deepclean_hooks.data.samples import samples_of
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.ranks import collectives
+from lab import small
 from lab.reference import relative_error, squared_gradients
 
-
-def network() -> nn.Module:
-    """A small float64 network with BatchNorm, seeded."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
-    ).double()
+network = partial(small.network, dtype=torch.float64)
 
 
 def samples(n: int = 13) -> TensorDataset:
-    """n seeded samples in float64."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 1, 6, 6, dtype=torch.float64, generator=generator)
-    return TensorDataset(x, torch.randint(0, 5, (n,), generator=generator))
+    """n samples in float64."""
+    return small.samples(0, n, torch.float64, of=n)
 
 
 def same(one: FisherDiagonal, other: FisherDiagonal) -> bool:

@@ -1,16 +1,12 @@
 """TF32 is off while measuring, by whichever interface it was switched on, and on again after."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from deepclean_hooks.model import no_trace
+from lab.processes import in_child
 
-ROOT = Path(__file__).resolve().parents[2]
 NEW = hasattr(torch.backends.cudnn, "conv")  # the interface of torch 2.9
 
 
@@ -32,7 +28,7 @@ def test_tf32_is_off_inside_and_back_after() -> None:
 PRECISION = """
 import torch
 from torch import nn
-from deepclean_hooks import measure
+from deepclean_hooks.model import no_trace
 parts = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
 for part in parts:
     part.fp32_precision = "tf32"
@@ -47,8 +43,7 @@ assert [part.fp32_precision for part in parts] == ["tf32", "tf32"]
 def test_tf32_switched_on_by_the_newer_interface() -> None:
     """Fails if the newer interface's choice is not seen; it bars reading the flags above for the
     rest of a process, so it has one of its own."""
-    command = [sys.executable, "-c", PRECISION]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    ran = in_child("-c", PRECISION)
     assert not ran.returncode, ran.stderr
 
 

@@ -4,6 +4,7 @@ choice."""
 import copy
 import gc
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,27 +16,14 @@ import deepclean_hooks as deepclean
 from deepclean_hooks.data import losses
 from deepclean_hooks.persample import planner
 from deepclean_hooks.persample.engine import SquaredGradients
+from lab import small
 from lab.reference import relative_error
 
 METHOD = deepclean.DeepClean(gamma=1.1)
 
 
-def network() -> nn.Module:
-    """A small float64 network with BatchNorm, seeded."""
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
-    ).double()
-
-
-def samples(start: int, stop: int) -> TensorDataset:
-    """Seeded samples start..stop of a fixed set of 30."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(30, 1, 6, 6, dtype=torch.float64, generator=generator)
-    y = torch.randint(0, 5, (30,), generator=generator)
-    return TensorDataset(x[start:stop], y[start:stop])
-
-
+network = partial(small.network, dtype=torch.float64)
+samples = partial(small.samples, dtype=torch.float64, of=30)
 D, FIRST, SECOND, REST = samples(0, 30), samples(0, 4), samples(4, 9), samples(9, 30)
 
 

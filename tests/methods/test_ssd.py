@@ -16,24 +16,20 @@ from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request
 from deepclean_hooks.methods import ASSD, LFSSD, SSD
 from deepclean_hooks.stored.bits import differing
+from lab import small
 from lab.reference import squared_gradients
 
 
 def network() -> nn.Module:
-    """A small convolutional network with BatchNorm, seeded, in eval mode."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5)
-    )
+    """In eval mode, with statistics of data that it has seen."""
+    model = small.network(8)
     model[1].running_mean.normal_(0, 0.2)
     return model.eval()
 
 
 def samples(start: int, stop: int, kind: torch.dtype = torch.float32) -> TensorDataset:
-    """Seeded samples start..stop of a fixed set of 53, the first 9 of class 0 shifted apart."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(53, 1, 6, 6, generator=generator)
-    y = torch.randint(0, 5, (53,), generator=generator)
+    """Samples start..stop of 53, the first 9 of class 0 and shifted apart."""
+    x, y = small.samples(0, 53, of=53).tensors
     x[:9] += 1.5
     y[:9] = 0
     return TensorDataset(x[start:stop].to(kind), y[start:stop])

@@ -25,6 +25,7 @@ from torch.utils.data.distributed import DistributedSampler
 from deepclean_hooks.metrics.evaluate import evaluate
 from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.stored import bits
+from lab.processes import on_two_ranks
 
 CLASSES = 5
 
@@ -264,23 +265,12 @@ def test_each_set_is_walked_once() -> None:
     assert sum(sizes) == 9 + 10 + 11
 
 
-def on_one_of_two_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    try:
-        data = samples(7, 1)
-        repeating = DistributedSampler(data, num_replicas=2, rank=rank)
-        found = evaluate(
-            classifier(),
-            forget=DataLoader(data, batch_size=3, sampler=repeating),
-            retain=samples(10, 2),
-            test=samples(1, 3),
-        )
-        written = json.dumps({"figures": found.figures(), "forget": found.sets["forget"].count})
-        Path(folder, f"{rank}.json").write_text(written, encoding="utf-8")
-    finally:
-        torch.distributed.destroy_process_group()
+def on_one_of_two_ranks(rank: int) -> dict[str, object]:
+    data = samples(7, 1)
+    repeating = DistributedSampler(data, num_replicas=2, rank=rank)
+    forget = DataLoader(data, batch_size=3, sampler=repeating)
+    found = evaluate(classifier(), forget=forget, retain=samples(10, 2), test=samples(1, 3))
+    return {"figures": found.figures(), "forget": found.sets["forget"].count}
 
 
 def test_two_ranks_count_each_sample_once(tmp_path: Path) -> None:
@@ -288,11 +278,9 @@ def test_two_ranks_count_each_sample_once(tmp_path: Path) -> None:
 
     Also if a rank keeps its own half, or a rank without samples (test has 1) blocks the other.
     """
-    torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
     sets = {"forget": samples(7, 1), "retain": samples(10, 2), "test": samples(1, 3)}
     expected = evaluate(classifier(), **sets).figures()
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+    for found in on_two_ranks(on_one_of_two_ranks, tmp_path):
         assert found["forget"] == 7
         assert found["figures"] == pytest.approx(expected, rel=1e-5)
 

@@ -6,7 +6,6 @@ N: samples, C: classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from pathlib import Path
@@ -25,6 +24,7 @@ from deepclean_hooks.metrics.gold import AVERAGED, spreads
 from deepclean_hooks.metrics.relearn import relearn_steps
 from deepclean_hooks.stored import bits
 from lab.planted import CLASSES, FORGET, RETAIN, SETS, TEST, WIDTH, gold, network, original
+from lab.processes import on_two_ranks
 
 
 def logits(model: nn.Module, data: TensorDataset) -> Tensor:
@@ -244,28 +244,19 @@ def test_outputs_by_sample_are_those_of_the_model() -> None:
     assert dataclasses.is_dataclass(found)
 
 
-def on_one_of_two_ranks(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    try:
-        options = {"gold": [gold(10), gold(11)], "untrained": network(99), "probe": True}
-        found = evaluate(original(), **SETS, **options, batch_size=100)
-        told = {"figures": found.figures(), "gaps": found.gaps}
-        told["distances"] = {n: one.value for n, one in found.distances.items()}
-        Path(folder, f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
-    finally:
-        torch.distributed.destroy_process_group()
+def on_one_of_two_ranks(rank: int) -> dict[str, object]:
+    options = {"gold": [gold(10), gold(11)], "untrained": network(99), "probe": True}
+    found = evaluate(original(), **SETS, **options, batch_size=100)
+    distances = {name: distance.value for name, distance in found.distances.items()}
+    return {"figures": found.figures(), "gaps": found.gaps, "distances": distances}
 
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
     """Fails if a rank attacks its own half, or puts logits or features back in another order."""
-    torch.multiprocessing.spawn(on_one_of_two_ranks, (str(tmp_path),), nprocs=2)
     options = {"gold": [gold(10), gold(11)], "untrained": network(99), "probe": True}
     expected = evaluate(original(), **SETS, **options, batch_size=100)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+    for found in on_two_ranks(on_one_of_two_ranks, tmp_path):
         assert found["figures"] == pytest.approx(expected.figures(), rel=1e-4, abs=1e-4)
         assert found["gaps"] == pytest.approx(expected.gaps, rel=1e-4, abs=1e-3)
         distances = {n: one.value for n, one in expected.distances.items()}

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from deepclean_hooks import evaluate, fisher_diagonal
 from lab.cases import CASES
+from lab.hooks import hooks_on
 
 
 def trace(model: nn.Module) -> dict[str, object]:
@@ -19,11 +20,7 @@ def trace(model: nn.Module) -> dict[str, object]:
         "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "modes": [m.training for m in model.modules()],
-        "hooks": [
-            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for m in model.modules()
-        ],
-        "tensor hooks": [p._backward_hooks for p in model.parameters()],
+        "hooks": hooks_on(model),
         "attributes": [sorted(vars(m)) for m in model.modules()],
         "random": torch.get_rng_state(),
         "grad mode": torch.is_grad_enabled(),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,9 @@ from torch import nn
 
 import deepclean_hooks as deepclean
 from lab import distributed_worker as worker
-from lab.processes import ROOT, Results, each, environment, found_by_ranks, worst
+from lab.processes import ROOT, Results, each, found_by_ranks, torchrun, worst
+
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -169,35 +169,20 @@ def test_ranks_that_end_apart_are_told(results: Results) -> None:
         assert not any("ranks" in text for text in alike)
 
 
-def torchrun(*command: str) -> str:
-    """Runs an example as its docstring says; its standard output."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    example = str(ROOT / "examples" / command[0])
-    ran = subprocess.run(
-        [*launcher, "--nproc-per-node=2", example, *command[1:]],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
 @pytest.mark.slow
 def test_accelerate_example(tmp_path: Path) -> None:
     """Fails if the example does not run under torchrun, prints twice, forgets nothing, or cannot be
     resumed."""
     tiny = ["--cpu", "--depth", "8", "--train-epochs", "3", "--batch-size", "32"]
     stored = ["--state", str(tmp_path), "--json", str(tmp_path / "report.json")]
-    out = torchrun("accelerate_cifar10.py", *tiny, *stored, "--epochs", "1")
+    out = torchrun(EXAMPLES / "accelerate_cifar10.py", *tiny, *stored, "--epochs", "1")
     assert out.count("Unlearning report") == 1
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["frozen_entries_moved"] == 0
     before, after = (report["scores"][when]["sets"]["forget"] for when in ("before", "after"))
     assert before["accuracy"] > 80
     assert after["accuracy"] < 10
-    out = torchrun("accelerate_cifar10.py", *tiny, *stored, "--epochs", "2", "--resume")
+    out = torchrun(EXAMPLES / "accelerate_cifar10.py", *tiny, *stored, "--epochs", "2", "--resume")
     again = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert again["selected_entries"] == report["selected_entries"]
     assert again["phase"] == "finished"
@@ -209,7 +194,7 @@ def test_trainer_example(library: str, tmp_path: Path) -> None:
     """Fails if the example does not run under torchrun, prints twice or moves a frozen weight."""
     tiny = ["--cpu", "--width", "32", "--depth", "2", "--train-epochs", "2", "--epochs", "1"]
     folder = ["--library", library, "--output-dir", str(tmp_path)]
-    out = torchrun("trainer_vit.py", *tiny, *folder)
+    out = torchrun(EXAMPLES / "trainer_vit.py", *tiny, *folder)
     assert out.count("Unlearning report") == 1
     stored = (tmp_path / "unlearned" / "report.json").read_text(encoding="utf-8")
     assert json.loads(stored)["frozen_entries_moved"] == 0
