@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deepclean_hooks as deepclean
-from lab.guarding import hooks_on
+from lab.hooks import hooks_of_torch, hooks_on
 from lab.processes import in_child, launch
-from lab.training import FORGET, METHOD, RETAIN, bits_of, hooks, moved, same_bits, timm_network
+from lab.training import FORGET, METHOD, RETAIN, bits_of, moved, same_bits, timm_network
 
 HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.filterwarnings(
@@ -28,10 +28,10 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(autouse=True)
 def no_trace() -> Iterator[None]:
     """After every test, whatever it did, torch's global hook registries are as before."""
-    before = hooks()
+    before = hooks_of_torch()
     yield
     gc.collect()
-    assert hooks() == before
+    assert hooks_of_torch() == before
 
 
 def around(model: nn.Module, **options: Any) -> Any:
