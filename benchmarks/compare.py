@@ -37,6 +37,8 @@ SETTINGS = (
     "image",
     "batch",
     "samples",
+    "stored",
+    "scores",
     "entries",
     "threads",
     "processes",
