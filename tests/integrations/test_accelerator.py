@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.stored.sealed import BrokenRun
@@ -30,6 +31,7 @@ from lab.training import (
     FORGET,
     METHOD,
     RETAIN,
+    arguments,
     bits_of,
     callback,
     data,
