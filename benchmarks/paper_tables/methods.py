@@ -33,17 +33,9 @@ from deepclean_hooks import (
 )
 from deepclean_hooks.tuning.search import search
 
+from . import variants
 from .cases import MEASURED, Case
 from .setups import SCENARIOS, forgotten_class
-from .variants import (
-    AllFree,
-    Dampened,
-    OfBatchMeans,
-    Quota,
-    Reselected,
-    ToInitialValues,
-    ZeroOnly,
-)
 
 
 @dataclass(frozen=True)
@@ -125,9 +117,9 @@ MAIN: dict[str, Contender] = {
     "fine-tune": Contender(lambda case: FineTune()),
     "deepclean": _deep_clean(literal=False),
     "deepclean-literal": _deep_clean(literal=True),
-    "zeroed": Contender(lambda case: ZeroOnly(gamma=_gamma(case)), stored=True),
+    "zeroed": Contender(lambda case: variants.ZeroOnly(gamma=_gamma(case)), stored=True),
     "zeroed-literal": Contender(
-        lambda case: ZeroOnly(gamma=_gamma(case), one_dimensional=True), stored=True
+        lambda case: variants.ZeroOnly(gamma=_gamma(case), one_dimensional=True), stored=True
     ),
     "l1-sparse": Contender(lambda case: L1Sparse()),
     "ssd": Contender(lambda case: SSD(estimator=BatchMean(batch_size=64, seed=case.seed))),
@@ -175,16 +167,16 @@ ABLATIONS: dict[str, Contender] = {
         lambda case: DeepClean(gamma=_gamma(case)), Optimizer(lr=3e-3), stored=True
     ),
     "fine-tune-lr-3e-3": Contender(lambda case: FineTune(), Optimizer(lr=3e-3)),
-    "all-free": Contender(lambda case: AllFree(gamma=_gamma(case)), stored=True),
+    "all-free": Contender(lambda case: variants.AllFree(gamma=_gamma(case)), stored=True),
     "all-free-lr-3e-3": Contender(
-        lambda case: AllFree(gamma=_gamma(case)), Optimizer(lr=3e-3), stored=True
+        lambda case: variants.AllFree(gamma=_gamma(case)), Optimizer(lr=3e-3), stored=True
     ),
-    "dampened": Contender(lambda case: Dampened(gamma=_gamma(case)), stored=True),
+    "dampened": Contender(lambda case: variants.Dampened(gamma=_gamma(case)), stored=True),
     "initial-values": Contender(
-        lambda case: ToInitialValues(gamma=_gamma(case), seed=case.seed), stored=True
+        lambda case: variants.ToInitialValues(gamma=_gamma(case), seed=case.seed), stored=True
     ),
-    "quota": Contender(lambda case: Quota(gamma=_gamma(case)), stored=True),
-    "batch-mean": Contender(lambda case: OfBatchMeans(gamma=_gamma(case), seed=case.seed)),
+    "quota": Contender(lambda case: variants.Quota(gamma=_gamma(case)), stored=True),
+    "batch-mean": Contender(lambda case: variants.OfBatchMeans(gamma=_gamma(case), seed=case.seed)),
     "gamma-1.5": _at_gamma(1.5),
     "gamma-3": _at_gamma(3.0),
     "gamma-1": _at_gamma(1.0),
@@ -196,7 +188,7 @@ ABLATIONS: dict[str, Contender] = {
     "dynamic-kept": Contender(
         lambda case: DeepClean(gamma=_gamma(case)),
         stored=True,
-        later=lambda case: Reselected(gamma=_gamma(case)),
+        later=lambda case: variants.Reselected(gamma=_gamma(case)),
     ),
 }
 

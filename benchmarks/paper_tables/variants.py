@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from deepclean_hooks import BatchMean, DeepClean
+from deepclean_hooks import BatchMean, DeepClean, Method
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods import Mask, Selection
@@ -122,15 +122,7 @@ class Reselected(DeepClean):
     name = "reselected"
     effect = "left as they were, to be trained"
 
-    def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
-    ) -> dict[str, Tensor]:
-        """The weights as they are."""
-        return {name: weights[name] for name in selection.masks}
+    new_values = Method.new_values  # the weights as they are
 
 
 def _highest(scores: Tensor, share: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks.lab.data import KINDS, images
+from benchmarks.paper_tables import variants
 from benchmarks.paper_tables.augment import cropped
 from benchmarks.paper_tables.cases import Case
 from benchmarks.paper_tables.cells import BOUNDS, cell, cell_file
@@ -25,15 +26,6 @@ from benchmarks.paper_tables.networks import NETWORKS, network
 from benchmarks.paper_tables.recipes import PAPER, Recipe, _schedule, train
 from benchmarks.paper_tables.setups import setup
 from benchmarks.paper_tables.tables import placed, table
-from benchmarks.paper_tables.variants import (
-    AllFree,
-    Dampened,
-    OfBatchMeans,
-    Quota,
-    Reselected,
-    ToInitialValues,
-    ZeroOnly,
-)
 from deepclean_hooks import DeepClean, FisherDiagonal
 from deepclean_hooks.testing import check_method
 
@@ -53,7 +45,14 @@ WEIGHTS = {name: torch.full_like(total, 2.0) for name, total in FORGET.sums.item
 @pytest.mark.filterwarnings("ignore:.* of the reset entries are dead:UserWarning")
 @pytest.mark.parametrize(
     "variant",
-    [ZeroOnly(), AllFree(), Dampened(), ToInitialValues(), Quota(), Reselected()],
+    [
+        variants.ZeroOnly(),
+        variants.AllFree(),
+        variants.Dampened(),
+        variants.ToInitialValues(),
+        variants.Quota(),
+        variants.Reselected(),
+    ],
     ids=lambda variant: variant.name,
 )
 def test_variants_keep_the_promises_of_a_method(variant: DeepClean) -> None:
@@ -66,17 +65,17 @@ def test_variants_differ_from_deepclean_in_one_thing() -> None:
     plain = DeepClean(gamma=2.0, one_dimensional=True).select(FORGET, RETAIN)
     assert plain.masks["w"].tolist() == [[True, False, True, True]]
     assert plain.masks["b"].tolist() == [True, False]
-    free = AllFree(gamma=2.0)
+    free = variants.AllFree(gamma=2.0)
     chosen = free.select(FORGET, RETAIN)
     assert chosen.masks["w"].equal(plain.masks["w"])
     assert not chosen.masks["b"].any()
     assert all(bool(mask.all()) for mask in free.free(chosen).values())
-    assert ZeroOnly(gamma=2.0).free(plain) == {}
-    damped = Dampened(gamma=2.0).new_values(WEIGHTS, plain, FORGET, RETAIN)
+    assert variants.ZeroOnly(gamma=2.0).free(plain) == {}
+    damped = variants.Dampened(gamma=2.0).new_values(WEIGHTS, plain, FORGET, RETAIN)
     assert damped["w"][0, 3].item() == pytest.approx(2.0 * 3 / 9)
-    kept = Reselected(gamma=2.0).new_values(WEIGHTS, plain, FORGET, RETAIN)
+    kept = variants.Reselected(gamma=2.0).new_values(WEIGHTS, plain, FORGET, RETAIN)
     assert kept["w"].equal(WEIGHTS["w"])
-    assert OfBatchMeans().measured_by != DeepClean().measured_by
+    assert variants.OfBatchMeans().measured_by != DeepClean().measured_by
 
 
 def test_quota_takes_the_same_share_of_every_parameter() -> None:
@@ -86,7 +85,7 @@ def test_quota_takes_the_same_share_of_every_parameter() -> None:
     ]
     plain = DeepClean(gamma=2.0).select(*matrices)
     assert [int(plain.masks[name].sum()) for name in "wv"] == [3, 2]  # 5 of 8 together
-    chosen = Quota(gamma=2.0).select(*matrices)
+    chosen = variants.Quota(gamma=2.0).select(*matrices)
     assert [int(chosen.masks[name].sum()) for name in "wv"] == [2, 2]
     assert chosen.masks["w"].tolist() == [[True, False, False, True]] or chosen.masks[
         "w"
