@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from lab import small
-from lab.small import samples as samples
 
+samples = small.samples
 network = partial(small.network, 8, planted=True)
 FORGET, RETAIN = samples(0, 8), samples(8, 40)
