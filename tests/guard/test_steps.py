@@ -12,16 +12,8 @@ from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from deepclean_hooks.guard.guard import Guard
-from lab.guarding import (
-    changed,
-    data,
-    hooks_of_torch,
-    loss_of,
-    plain,
-    plant,
-    small,
-    snapshot,
-)
+from lab.guarding import changed, data, loss_of, plain, plant, small, snapshot
+from lab.hooks import hooks_of_torch
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")
 
