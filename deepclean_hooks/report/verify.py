@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deepclean_hooks.report import stored_report
-from deepclean_hooks.report.printable import printable, shortened
+from deepclean_hooks.report.check import Check, listed, none_of
+from deepclean_hooks.report.consistency import (
+    RETURNED,
+    RETURNED_HALF,
+    consistent,
+    digest_of_all,
+    own_digest,
+)
 from deepclean_hooks.report.stored_report import Document
 from deepclean_hooks.stored import bits, checkpoint
 from deepclean_hooks.stored.naming import naming
-
-# The share of W_f that may hold its old value in the end, and in half precision, where an entry
-# comes back to its bits by chance once in some hundreds, a few more.
-RETURNED = 0.05
-RETURNED_HALF = 8
-_SHOWN = 3
-_LONGEST_NAME, _LONGEST_LINE = 160, 700
 
 # What a report says that is compared with the files or with itself; all else is its word alone.
 VOUCHED = frozenset(
@@ -38,26 +35,10 @@ VOUCHED = frozenset(
         "model_after",
         "checkpoint_before",
         "checkpoint_after",
-        "tied",
         "restored_entries",
         "digest",
     }
 )
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at: `right` is None where it could not be."""
-
-    what: str
-    right: bool | None
-    seen: str
-
-    def __str__(self) -> str:
-        """A line with the outcome first, printable whatever the names in a file hold."""
-        word = {True: "ok      ", False: "MISMATCH", None: "skipped "}[self.right]
-        what, seen = (shortened(printable(text), _LONGEST_LINE) for text in (self.what, self.seen))
-        return f"{word} {what}: {seen}"
 
 
 def verify(
@@ -77,10 +58,10 @@ def verify(
     checks = [
         Check("schema", True, str(current["schema"])),
         Check("the run is finished", current["phase"] == "finished", current["phase"]),
-        _own_digest(report),
-        *_arithmetic(current),
-        *_digest_of_all(current, "before"),
-        *_digest_of_all(current, "after"),
+        own_digest(report),
+        *consistent(current),
+        *digest_of_all(current, "before"),
+        *digest_of_all(current, "after"),
     ]
     ours = _Side("unlearned model", "after", current, after, state)
     checks += ours.checks
@@ -104,87 +85,6 @@ def unvouched(report: Document) -> list[str]:
         for name, value in report.items()
         if name not in VOUCHED and value not in (None, {}, ())
     ]
-
-
-def _own_digest(report: Document) -> Check:
-    what = "digest of the report"
-    if report["schema"] == 2:
-        return Check(what, None, "a report of schema 2 has none")
-    right = report["digest"] == stored_report.digest(report)
-    return Check(what, right, f"{'' if right else 'not '}that of its fields")
-
-
-def _arithmetic(report: Document) -> Iterator[Check]:
-    """What a report says in two places must be the same in both."""
-    layers = report["layers"]
-    selected, entries, may_change = (
-        sum(layer[key] for layer in layers) for key in ("selected", "entries", "may_change")
-    )
-    yield _equal("selected entries, layer by layer", selected, report["selected_entries"])
-    yield _equal("trainable entries, layer by layer", entries, report["trainable_entries"])
-    yield _equal(
-        "entries that may change, layer by layer", may_change, report["may_change_entries"]
-    )
-    wrong = [
-        layer["name"]
-        for layer in layers
-        if not 0 <= layer["selected"] <= layer["may_change"] <= layer["entries"]
-    ]
-    yield _none_of("selected entries are among those that may change", wrong, "in every layer")
-    fraction = report["selected_fraction"]
-    if fraction is not None and entries:
-        right = math.isclose(fraction, selected / entries)
-        yield Check("selected fraction", right, f"{fraction:.6f}")
-    yield _equal("frozen entries that moved", 0, report["frozen_entries_moved"])
-    restored = report.get("restored_entries")
-    if restored is not None:
-        few = restored <= RETURNED_HALF and 2 * restored <= selected
-        right = few or restored <= RETURNED * selected
-        words = f"{restored} of {selected} hold their original value by the report's own count"
-        yield Check("W_f did not come back", right, words)
-    yield _hashes(report)
-    after = report["scores"].get("after")
-    if isinstance(after, Mapping) and after["gaps"]:
-        yield _gaps(after)
-
-
-def _hashes(report: Document) -> Check:
-    forgotten = report["forgotten"]
-    hashes, repeated = forgotten.get("hashes", []), forgotten.get("repeated", {})
-    count = len(hashes) + sum(times - 1 for times in repeated.values())
-    wrong = [value for value in hashes if not re.fullmatch("[0-9a-f]{24}", value)]
-    wrong += [value for value, times in repeated.items() if times < 2 or value not in hashes]
-    if wrong or len(set(hashes)) < len(hashes):
-        return Check("hashes of forgotten samples", False, "not distinct hashes of 24 hex digits")
-    return _equal("hashes of forgotten samples", count, report["forget_samples"])
-
-
-def _gaps(after: Document) -> Check:
-    figures, spread = after["figures"], after["spread"]
-    wrong = [
-        name
-        for name, gap in after["gaps"].items()
-        if name not in figures
-        or name not in spread
-        or not math.isclose(figures[name] - spread[name]["mean"], gap, abs_tol=1e-6)
-    ]
-    return _none_of("gaps are figure minus gold", wrong, f"{len(after['gaps'])} gaps")
-
-
-def _equal(what: str, computed: object, reported: object) -> Check:
-    if reported is None:
-        return Check(what, None, "the report has no such figure")
-    right = computed == reported
-    return Check(what, right, str(computed) if right else f"{computed}, the report says {reported}")
-
-
-def _none_of(what: str, wrong: list[str], right: str) -> Check:
-    return Check(what, not wrong, _listed(wrong) if wrong else right)
-
-
-def _listed(names: list[str]) -> str:
-    shown = [shortened(name, _LONGEST_NAME) for name in names[:_SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 class _Side:
@@ -223,7 +123,7 @@ class _Side:
             if isinstance(tensor, Tensor) and _says_something(tensor)
             if self.digest(tensor) in changed
         ]
-        return _none_of("weights of the original in the file", wrong, "none that the run changed")
+        return none_of("weights of the original in the file", wrong, "none that the run changed")
 
     def _of_the_model(self, state: str | None) -> dict[str, dict[str, Tensor]]:
         """Each state_dict of the file that has weights of this model."""
@@ -263,10 +163,10 @@ class _Side:
             ("with other content", differing),
         ):
             if wrong:
-                self.checks.append(Check(what, False, f"{len(wrong)} {words}: {_listed(wrong)}"))
+                self.checks.append(Check(what, False, f"{len(wrong)} {words}: {listed(wrong)}"))
         if left_out:
             words = f"the file lacks {len(left_out)} tensors that the run left as they were"
-            self.checks.append(Check(what, None, f"{words}: {_listed(left_out)}"))
+            self.checks.append(Check(what, None, f"{words}: {listed(left_out)}"))
         elif absent or strange or differing:
             return
         words = f"{len(stored)} with the digests of the report"
@@ -285,7 +185,8 @@ class _Side:
         trained = {layer["name"] for layer in self.report["layers"]}
         before, after = self.report["checkpoint_before"], self.report["checkpoint_after"]
         unchanged = all(before.get(name) == after.get(name) for name in absent)
-        adapter = present <= trained and not trained & set(absent)
+        frozen = any(not _is_statistic(name) for name in absent)
+        adapter = present <= trained and not trained & set(absent) and frozen
         return absent if adapter and unchanged and present else []
 
 
@@ -304,18 +205,6 @@ def _alike(report: Document) -> dict[str, str]:
         if name not in layers and len(names) == 1 and not _is_statistic(name):
             tied[name] = names[0]
     return tied
-
-
-def _digest_of_all(report: Document, when: str) -> Iterator[Check]:
-    """The digest that page and card print: of the digests, tensor by tensor."""
-    what = f"digest of the model {when}, as page and card print it"
-    if report[f"model_{when}"] is None:
-        return
-    if report["schema"] == 2:  # over the tensors themselves, some of which no checkpoint holds
-        yield Check(what, None, "a report of schema 2 does not say what it covers")
-        return
-    right = report[f"model_{when}"] == bits.combined(report[f"checkpoint_{when}"])
-    yield Check(what, right, f"{'' if right else 'not '}that of the tensors' digests")
 
 
 def _says_something(tensor: Tensor) -> bool:
@@ -337,7 +226,7 @@ def _entries(report: Document, state: Mapping[str, Tensor]) -> Iterator[Check]:
         for layer in report["layers"]
         if layer["name"] in state and state[layer["name"]].numel() != layer["entries"]
     ]
-    yield _none_of("sizes of the layers", wrong, "as in the checkpoint")
+    yield none_of("sizes of the layers", wrong, "as in the checkpoint")
 
 
 def _changes(
@@ -349,13 +238,13 @@ def _changes(
     weights = {name: count for name, count in changed.items() if name in open_to}
     wrong = [f"{n} ({c} changed, {open_to[n]} might)" for n, c in weights.items() if c > open_to[n]]
     words = "weights differ, no more in any layer than were selected or free to train there"
-    yield _none_of("changed weights", wrong, f"{sum(weights.values())} {words}")
+    yield none_of("changed weights", wrong, f"{sum(weights.values())} {words}")
     rest = [name for name, count in changed.items() if count and name not in open_to]
     if report["norm_statistics"] == "freeze":
-        yield _none_of("all else", rest, "unchanged, bit for bit")
+        yield none_of("all else", rest, "unchanged, bit for bit")
     else:
         note = f"{len(rest)} buffers changed, which norm_statistics='update' allows"
-        yield _none_of("all else", [name for name in rest if not _is_statistic(name)], note)
+        yield none_of("all else", [name for name in rest if not _is_statistic(name)], note)
 
 
 def _returned(
@@ -377,7 +266,7 @@ def _returned(
     if report["effect"] == "reset to 0":
         wrong = [f"{name} ({count} entries)" for name, count in back.items() if count > most[name]]
         words = f"{total} entries hold their original value"
-        yield Check(what, not wrong, f"{words}: {_listed(wrong)}" if wrong else f"at least {words}")
+        yield Check(what, not wrong, f"{words}: {listed(wrong)}" if wrong else f"at least {words}")
     elif back:
         same = total > 0 and total == report["selected_entries"]
         words = f"entries that were {report['effect']}"

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import deepclean_hooks as deepclean
 from deepclean_hooks.__main__ import main
 from deepclean_hooks.report import stored_report
-from deepclean_hooks.report.verify import Check, unvouched, verify
+from deepclean_hooks.report.check import Check
+from deepclean_hooks.report.verify import unvouched, verify
 from deepclean_hooks.stored import checkpoint
 from lab.planted import FORGET, RETAIN, gold, original
 from lab.reported import Tied, unlearned
@@ -437,6 +438,8 @@ def test_a_file_of_an_adapter_is_compared_in_what_it_holds(
     assert "base_layer.weight" in out
     torn = {n: v for n, v in adapter.items() if "lora_B" not in n}
     assert "missing" in "".join(wrong(verify(run.told, torn)))
+    whole = {n: v for n, v in run.after.items() if "running" not in n and "batches" not in n}
+    assert "missing" in "".join(wrong(verify(run.told, whole)))  # buffers are no frozen network
     more = {**adapter, "norm.weight": run.after["norm.weight"]}
     assert "missing" in "".join(wrong(verify(run.told, more)))
 
@@ -487,6 +490,11 @@ FORGED: dict[str, Callable[[dict[str, Any]], None]] = {
     ),
     "W_f back": lambda r: r.update(restored_entries=r["selected_entries"]),
     "negative selection": lambda r: r["layers"][0].update(selected=-1),
+    "a layer twice": lambda r: r["layers"].append(dict(r["layers"][0], entries=0, selected=0)),
+    "a layer of none": lambda r: r["layers"].append(
+        {"name": "x", "entries": 0, "selected": 0, "dead": 0, "held_back": 0, "may_change": 0}
+    ),
+    "tied to another": lambda r: r["tied"].update({"head.bias": "norm.bias"}),
     "a digest left out": lambda r: r["checkpoint_after"].pop("head.bias"),
 }
 
