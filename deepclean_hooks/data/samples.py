@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +22,6 @@ from deepclean_hooks.model import random_state
 
 Data = DataLoader[Any] | Dataset[Any]
 DEFAULT_BATCH_SIZE = 64
-PROBES = 32  # samples that are read twice, spread over the set, to see whether they change
 
 
 @dataclass(frozen=True)
@@ -313,31 +310,6 @@ def origin(source: Samples) -> tuple[int, set[indices.Index]] | None:
     return id(dataset), set(inside)
 
 
-def changes_from_pass_to_pass(source: Samples, probes: int = PROBES) -> bool:
-    """Whether reading a sample twice gives two different samples: an augmenting transform.
-
-    Reads samples spread over the set; those of a stream are compared by `Stream.changes`.
-    """
-    if source.indices is None:
-        return False
-    # Drawn, because a transform may work on every second sample; always the same ones.
-    count = min(probes, len(source.indices))
-    chosen = random.Random(0).sample(range(len(source.indices)), count)
-    with random_state.kept():
-        first, again = (_read(source, chosen) for _ in range(2))
-    return first != again
-
-
-def _read(source: Samples, positions: list[int]) -> tuple[list[int], list[int]]:
-    """The fingerprints of some samples, before and after they are collated."""
-    assert source.indices is not None
-    found = [source.dataset[source.indices[at]] for at in positions]
-    ids = [fingerprints.of_sample(sample) for sample in found]
-    if source.fingerprints == fingerprints.PLAIN:
-        return ids, []
-    return ids, batches.sample_ids((source.collate_fn or default_collate)(found))
-
-
 def require_same_on_ranks(source: Samples, name: str, changing: bool, probes: int = 4) -> None:
     """Raises RuntimeError on every rank if the ranks were given different samples; reads a few.
 
@@ -353,23 +325,6 @@ def require_same_on_ranks(source: Samples, name: str, changing: bool, probes: in
             with random_state.kept():
                 content = [fingerprints.of_sample(source.dataset[i]) for i in chosen]
     ranks.require_same_samples(name, source.indices, content)
-
-
-def changing_warning(name: str) -> str:
-    """What is to be said of a set whose samples change from pass to pass."""
-    return (
-        f"the samples of {name} change from pass to pass (a random transform): the measurement "
-        "is of the augmented samples of one pass, and another pass gives another one; use the "
-        "test-time transform"
-    )
-
-
-def warn_if_changing(source: Samples, name: str) -> bool:
-    """Warns, once a set, that its samples change from pass to pass; returns whether they do."""
-    changing = changes_from_pass_to_pass(source)
-    if changing:
-        warnings.warn(changing_warning(name), UserWarning, stacklevel=3)
-    return changing
 
 
 def refuse_shared_indices(sets: Mapping[str, Samples]) -> None:

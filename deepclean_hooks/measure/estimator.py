@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 
 from deepclean_hooks import ranks
+from deepclean_hooks.data.changing import warn_if_changing
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Samples, warn_if_changing
+from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request, all_samples
 from deepclean_hooks.ranks import fsdp

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from deepclean_hooks import ranks
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
+from deepclean_hooks.data.changing import changing_warning, warn_if_changing
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import (
     Data,
     Samples,
-    changing_warning,
     require_same_on_ranks,
     samples_of,
-    warn_if_changing,
 )
 from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.measure.estimator import Estimator, name_of
@@ -163,7 +162,14 @@ def _warn_of_unreached_head(model: nn.Module, sums: dict[str, Tensor], name: str
     head = sums.get(weights[-1]) if weights else None
     if head is None or shards.is_shard(head) or head.any() or not ranks.is_first():
         return
-    if any(not shards.is_shard(total) and total.any() for total in sums.values()):
+    if not any(shards.is_shard(total) or total.any() for total in sums.values()):
+        warnings.warn(
+            f"every gradient of {name} is exactly 0, so nothing can be selected; check that "
+            "loss_fn= depends on the model's output, without detach() or no_grad()",
+            UserWarning,
+            stacklevel=3,
+        )
+    else:
         warnings.warn(
             f"no sample of {name} has a gradient at {weights[-1]}, the last weight of the model; "
             "check that the loss reads the logits and not the features before them",

@@ -20,9 +20,15 @@ _REFUSED = {
 def unwrap(model: nn.Module) -> nn.Module:
     """The innermost module, whose `named_parameters` names are the names used everywhere here.
 
-    Raises ValueError for FSDP1 and DeepSpeed, under which no entry can be named or held, and for
-    what is no model of this process: exported, offloaded, or spread over devices.
+    Raises TypeError for what is no module, ValueError for FSDP1 and DeepSpeed, under which no entry
+    can be named or held, and for what is no model of this process: exported, offloaded, or spread
+    over devices.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}; put a function "
+            "into the forward of a module that holds its parameters"
+        )
     for module in model.modules():
         for kind in type(module).__mro__:
             if kind.__name__ in _REFUSED:

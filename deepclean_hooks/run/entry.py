@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from torch import nn
 
 from deepclean_hooks import ranks
+from deepclean_hooks.data.changing import changes_from_pass_to_pass
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import (
     Samples,
-    changes_from_pass_to_pass,
     require_same_on_ranks,
 )
 from deepclean_hooks.measure.estimator import name_of

@@ -200,6 +200,16 @@ def test_probabilities_are_no_logits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.sums[name], total, rtol=1e-4, atol=1e-6)
 
 
+def test_a_loss_without_a_graph_is_warned_of() -> None:
+    """Fails if a loss that was detached gives a Fisher of zeros without a word."""
+    with pytest.warns(UserWarning, match="every gradient of data is exactly 0"):
+        measured(
+            Net(),
+            TensorDataset(*pixels()),
+            loss_fn=lambda m, b: m(b[0]).detach().square().sum(1),
+        )
+
+
 def test_a_head_that_no_sample_reaches_is_warned_of() -> None:
     """Fails if a loss of the user's own that reads features leaves the head at 0 without a word."""
     model = Net(lambda e, z: (e, z))

@@ -25,7 +25,8 @@ from torch.utils.data import (
 )
 
 from deepclean_hooks import SSD, FisherDiagonal, Session, fisher_diagonal
-from deepclean_hooks.data.samples import changes_from_pass_to_pass, samples_of
+from deepclean_hooks.data.changing import changes_from_pass_to_pass
+from deepclean_hooks.data.samples import samples_of
 
 COUNT = 50
 

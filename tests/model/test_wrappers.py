@@ -75,6 +75,15 @@ def test_what_is_no_whole_model_is_refused(
         Session(model, DeepClean(), progress=False)
 
 
+@pytest.mark.parametrize("model", [lambda x: x, "model.pt", network().state_dict()])
+def test_what_is_no_module_is_refused(model: object) -> None:
+    """Fails if an attribute that it lacks is all that is said."""
+    with pytest.raises(TypeError, match=r"the model must be a torch.nn.Module, got \w+; put a"):
+        Session(model, DeepClean(), progress=False)
+    with pytest.raises(TypeError, match=r"the model must be a torch.nn.Module"):
+        fisher_diagonal(model, data(), progress=False)
+
+
 def test_a_scripted_model_is_measured() -> None:
     """Fails if TorchScript, whose operations are not seen, gives other numbers than the module."""
     model = network()
