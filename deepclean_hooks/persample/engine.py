@@ -191,7 +191,7 @@ class SquaredGradients(Planner):
         loss = losses.per_sample(loss, forward.n)
         own = classify(forward.seen, forward.uses, forward.refused, loss, self.parameters)
         own.demote(plan.loop)
-        if forward.n > self._most(own):
+        if forward.n > max(2, self._most(own)):  # a single sample is shown twice
             raise _InPieces(self._most(own))
         apart = self._new_sums(loss.dtype)
         try:
@@ -200,6 +200,7 @@ class SquaredGradients(Planner):
         except SharedRows:
             return False
         new = {name for met in own.met(self.parameters) - plan.checked for name in met[2]}
+        new -= own.loop.keys()
         if new:
             truth = self._one_by_one({n: self.parameters[n] for n in new}, batch, counted)
             errors = self._compared(apart.take, iter([truth]))

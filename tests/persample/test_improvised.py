@@ -154,3 +154,28 @@ def test_zero_gradients_and_other_operations(monkeypatch: pytest.MonkeyPatch) ->
             monkeypatch.setattr(SquaredGradients, "_improvised", lambda *_: False)
         measured = fisher_diagonal(network, TensorDataset(x, y), batch_size=4, progress=False)
         assert relative_error(measured.sums, squared_gradients(network, x, y)) <= 1e-9
+
+
+def test_small_memory_and_other_operations() -> None:
+    """Fails if a single sample, which is shown twice, is taken in pieces for ever, or if a
+    parameter that shares an operand with a looped one is counted twice."""
+
+    class Shared(Padding):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more, self.raw = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            far = torch.cdist(x.clamp(-5), self.raw + self.more)  # no rule
+            return super().forward(x + far.mean(-1, keepdim=True) * (self.more + 1))
+
+    torch.manual_seed(0)
+    network, (x, y) = Shared().double().eval(), tokens()
+    x, y = x[[0, 1, 2, 3, 5, 6, 7]], y[[0, 1, 2, 3, 5, 6, 7]]
+    truth = squared_gradients(network, x, y)
+    for budget in (2**28, 1):
+        measured = fisher_diagonal(
+            network, TensorDataset(x, y), batch_size=4, memory_budget=budget, progress=False
+        )
+        assert relative_error(measured.sums, truth) <= 1e-9
+    assert set(measured.settings["one_sample_loop"]) == {"raw", "more"}
