@@ -134,6 +134,13 @@ def _moves(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return func in _INDEXED and bool(kind([args[1:], kwargs]) & DATA)
 
 
+def _is_number(args: tuple[Any, ...]) -> bool:
+    """Whether a parameter is indexed by a single whole number."""
+    index = args[1]
+    whole = isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()
+    return whole and index.dtype != torch.bool and kind(args[0]) == PARAMETER
+
+
 class Interception(TorchFunctionMode):
     """Active during one forward pass; what happens at a meeting is the pass's business."""
 
@@ -159,6 +166,11 @@ class Interception(TorchFunctionMode):
         if sides == BOTH and func in _SHAPE_ONLY:
             sides = kind(args[:1])
             out = func(*args, **kwargs)
+        elif sides == BOTH and func is Tensor.__getitem__ and _is_number(args):
+            # A block of a parameter, chosen by a number of the data: an expert.
+            number = int(args[1])
+            self.forward.read(number)
+            return func(args[0], number)
         elif sides == BOTH:
             out = self._meet(func, args, kwargs)
         elif sides == PARAMETER and func in _EXPANSIONS:

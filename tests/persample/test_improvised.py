@@ -66,6 +66,27 @@ class Stacked(Experts):
         return self.head(out.mean(1))
 
 
+class Picked(Experts):
+    """The same with each expert's weight picked from one parameter by a number of the data, as
+    transformers' mixtures do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(4, 6, 6))
+        del self.experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        share, chosen = self.route(flat).softmax(1).topk(2)
+        out = torch.zeros_like(flat)
+        for k in chosen.unique():
+            token, place = (chosen == k).nonzero(as_tuple=True)
+            out.index_add_(
+                0, token, F.linear(flat[token], self.stack[k]).tanh() * share[token, place, None]
+            )
+        return self.head(out.view_as(x).mean(1))
+
+
 class Twice(nn.Module):
     """Two steps, each with the block of a parameter that its batch asks for: the same twice in a
     later batch, where the squares of both uses do not add up."""
@@ -90,13 +111,14 @@ def tokens(n: int = 8) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("batch_size", [3, 4])
-@pytest.mark.parametrize("model", [Experts, Stacked])
+@pytest.mark.parametrize("model", [Experts, Stacked, Picked])
 def test_other_operations(model: type[nn.Module], batch_size: int) -> None:
     """Fails if a batch is served as the first one was, though other operations happen in it."""
     torch.manual_seed(0)
     network, (x, y) = model().double().eval(), tokens()
     measured = fisher_diagonal(network, TensorDataset(x, y), batch_size=batch_size, progress=False)
     assert relative_error(measured.sums, squared_gradients(network, x, y)) <= 1e-9
+    assert not measured.settings["one_sample_loop"]
 
 
 @pytest.mark.parametrize("model", [Padding, Twice])
