@@ -159,7 +159,8 @@ class Session(Standing):
             selected_fraction=total / sum(p.numel() for p in self._trainable().values()),
             held_back_entries=selection.held_back,
         )
-        if self.method.knob and total in (0, selection.candidates):
+        self._account.warn(selection.advice)
+        if self.method.knob and not selection.advice and total in (0, selection.candidates):
             self._account.warn(
                 f"{'no' if not total else 'every'} candidate entry was selected; "
                 f"{'lower' if not total else 'raise'} {self.method.knob}"

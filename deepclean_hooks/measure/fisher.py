@@ -28,6 +28,7 @@ from deepclean_hooks.data.samples import (
     samples_of,
 )
 from deepclean_hooks.data.walk import walk, walk_together
+from deepclean_hooks.measure import classes
 from deepclean_hooks.measure.estimator import Estimator, name_of
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Predicate, Request, all_samples, every_parameter
@@ -53,6 +54,10 @@ class FisherDiagonal(Measurement):
     noun = "diagonal"
     file_format = "deepclean-hooks fisher diagonal"
     squares = True
+
+    def _settings_with(self, other: Measurement, sign: int) -> dict[str, Any]:
+        both = (self.settings.get("classes"), other.settings.get("classes"))
+        return {**self.settings, "classes": classes.combined(*both, sign)}
 
     def _difference(self, one: Tensor, other: Tensor) -> Tensor:
         difference = one - other
@@ -123,7 +128,7 @@ def diagonal(
         for p in inner.parameters():
             p.requires_grad_(id(p) in kept)
         pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
-        engine, ids = pass_.run(request.label("Fisher"))
+        engine, ids, labels = pass_.run(request.label("Fisher"))
     sums, samples = _over_ranks(engine, ids, name)
     if not name_of(loss).startswith("deepclean_hooks."):  # ours read the logits
         _warn_of_unreached_head(inner, sums, name)
@@ -139,6 +144,7 @@ def diagonal(
         "one_sample_loop": dict(sorted(engine.notes.items())),
         "samples_change": changing,
         "fingerprints": source.fingerprints,
+        "classes": labels.over_ranks(),
         "torch": str(torch.__version__),
     }
     return FisherDiagonal(sums, len(samples), samples, settings)
@@ -191,12 +197,13 @@ class _Pass:
     dtype: torch.dtype | None
     name: str
 
-    def run(self, label: str | None) -> tuple[SquaredGradients, list[int]]:
-        """The engine with its sums, and the fingerprints of this rank's samples.
+    def run(self, label: str | None) -> tuple[SquaredGradients, list[int], classes.Counted]:
+        """The engine with its sums, and the fingerprints and labels of this rank's samples.
 
         Fails on all ranks together.
         """
         ids: list[int] = []
+        labels = classes.Counted()
         at = 0
         # The ranks of a sharded model fail together inside, where their collectives are.
         with contextlib.nullcontext() if self.sharded else ranks.fail_together():
@@ -205,12 +212,13 @@ class _Pass:
                 for index, (batch, counted) in self._walk(label, ids):
                     at = index
                     engine.add(batch, counted)
+                    labels.add(batch, counted)
                 engine.require_finite()
             except NonFiniteGradient as reason:
                 raise self._locate(reason, at) from None
             except (ValueError, TypeError) as reason:
                 raise type(reason)(f"{self.name}, batch {at}: {reason}") from reason
-        return engine, ids
+        return engine, ids, labels
 
     def _engine(self) -> SquaredGradients:
         engine = ShardedSquaredGradients if self.sharded else SquaredGradients

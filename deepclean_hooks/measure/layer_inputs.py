@@ -8,7 +8,6 @@ singular vectors are the eigenvectors of A A^T (D, D), which is a sum over posit
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deepclean_hooks import ranks
-from deepclean_hooks.data import batches
-from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.walk import walk
+from deepclean_hooks.measure import classes
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request, all_samples
@@ -46,12 +44,8 @@ class InputGrams(Measurement):
     file_format = "deepclean-hooks input grams"
 
     def _settings_with(self, other: Measurement, sign: int) -> dict[str, Any]:
-        mine, theirs = self.settings["classes"], other.settings["classes"]
-        if mine is None or theirs is None:
-            return {**self.settings, "classes": None}
-        counts = Counter(mine)
-        counts.update({label: sign * count for label, count in theirs.items()})
-        return {**self.settings, "classes": {k: n for k, n in sorted(counts.items()) if n}}
+        both = classes.combined(self.settings["classes"], other.settings["classes"], sign)
+        return {**self.settings, "classes": both}
 
 
 @contextlib.contextmanager
@@ -108,7 +102,7 @@ class LayerInputs(Estimator):
             )
         weights = request.weights
         settings = self.described(request, shapes={n: list(p.shape) for n, p in weights.items()})
-        labels: Counter[str] | None = Counter()
+        labels = classes.Counted()
         ids: list[int] = []
         with no_trace.no_trace(request.model) as inner, no_trace.float32_weights(inner) as dtype:
             grams = Grams(weights, self)
@@ -117,27 +111,11 @@ class LayerInputs(Estimator):
             walked = walk(request.data, device=device, dtype=dtype, progress=label, ids=ids)
             with torch.no_grad(), ranks.fail_together(), _plain_attention():
                 for batch in walked:
-                    labels = _count_labels(labels, batch)
+                    labels.add(batch)
                     with grams:
                         request.loss_fn(inner, batch)
         _complete(grams.sums, self.accumulate, device)
         return _over_ranks(grams.sums, ids, labels, settings)
-
-
-def _count_labels(counts: Counter[str] | None, batch: Batch) -> Counter[str] | None:
-    """The counts with this batch's labels; None once labels cannot be told."""
-    found = class_labels(batch)
-    if counts is None or found is None:
-        return None
-    counts.update(str(int(label)) for label in found)
-    return counts
-
-
-def class_labels(batch: Batch) -> Tensor | None:
-    """The class indices (N,) of a batch `(x, y)` or of a mapping with `labels`; None for others."""
-    labels = batches.labels_of(batch)
-    whole = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
-    return labels if whole else None
 
 
 def _complete(sums: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
@@ -150,14 +128,12 @@ def _complete(sums: dict[str, Tensor], dtype: torch.dtype, device: torch.device)
 
 
 def _over_ranks(
-    sums: dict[str, Tensor], ids: list[int], labels: Counter[str] | None, settings: dict[str, Any]
+    sums: dict[str, Tensor], ids: list[int], labels: classes.Counted, settings: dict[str, Any]
 ) -> InputGrams:
     ranks.sum_over_ranks(sums)
     samples = all_samples(ids)
-    counts = ranks.gather(labels)
-    total = None if None in counts else sum((c for c in counts if c is not None), Counter())
-    classes = None if total is None else dict(sorted(total.items()))
-    return InputGrams(sums, len(samples), samples, {**settings, "classes": classes})
+    counts = {"classes": labels.over_ranks()}
+    return InputGrams(sums, len(samples), samples, {**settings, **counts})
 
 
 class Grams(TorchFunctionMode):

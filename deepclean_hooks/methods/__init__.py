@@ -20,7 +20,7 @@ from deepclean_hooks.methods.selecting import Mask, Selection
 from deepclean_hooks.methods.ssd import ASSD, LFSSD, SSD
 from deepclean_hooks.methods.training import Training
 
-DEFAULT: Method = DeepClean()
+DEFAULT: Method = DeepClean(gamma=2.0)
 """What is taken where no method is named."""
 
 __all__ = [

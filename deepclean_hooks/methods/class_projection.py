@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from deepclean_hooks.measure import classes
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.layer_inputs import LayerInputs
 from deepclean_hooks.measure.measurement import Measurement
@@ -133,15 +134,15 @@ def _rows(key: str) -> tuple[str, slice]:
 
 def _require_classes(forget: Measurement, retain: Measurement) -> None:
     mine, theirs = forget.settings.get("classes"), retain.settings.get("classes")
-    if mine is None or theirs is None:
+    both = classes.shared(mine, theirs)
+    if both is None:
         raise ValueError(
             "ClassProjection forgets whole classes and found no class labels in the batches; yield "
             "(x, y) or a mapping with 'labels', or use DeepClean or SSD"
         )
-    shared = sorted(mine.keys() & theirs.keys(), key=int)
-    if shared:
+    if both:
         raise ValueError(
-            f"ClassProjection forgets whole classes, but {len(shared)} of the forget set's "
-            f"{len(mine)} classes are in the retain set too, for instance {', '.join(shared[:3])}; "
+            f"ClassProjection forgets whole classes, but {len(both)} of the forget set's "
+            f"{len(mine)} classes are in the retain set too, for instance {', '.join(both[:3])}; "
             "for a subset of samples use DeepClean(gamma=1.1) or SSD()"
         )

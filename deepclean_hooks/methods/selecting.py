@@ -26,7 +26,8 @@ class Selection:
     """The entries that a method picked, W_f, and what it has to say about the others.
 
     `candidates`: entries that could have been picked; `held_back`: entries that the criterion
-    picked but that hold only rounding noise; `criterion`: in words, for the report.
+    picked but that hold only rounding noise; `criterion`: in words, for the report; `advice`: what
+    the user is warned of before anything is reset, empty for nothing.
     """
 
     masks: Mask
@@ -34,6 +35,7 @@ class Selection:
     criterion: str
     held_back: int = 0
     held_back_by_layer: dict[str, int] = field(default_factory=dict)
+    advice: str = ""
 
     def entries(self) -> int:
         """How many were picked; of a sharded model on all ranks together, which all call this."""
