@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def _unlearned(case: Case, row: Contender) -> Row:
         "warnings": list(report.warnings),
     }
     if last.optimizer_steps:
-        trained = {"epochs": epochs, "batch_size": case.setup.fine_tune_batch}
+        length = {"epochs": epochs} if row.steps is None else {"steps": row.steps}
+        trained = {**length, "batch_size": case.setup.fine_tune_batch}
         made["settings"]["training"] = {**trained, **vars(row.optimizer)}
     if row.few is not None:
         made["settings"]["samples"] = {"retain": report.retain_samples}
@@ -177,13 +179,14 @@ def fine_tune(
     start, end, epochs = span
     batches = loader(data, case.setup.fine_tune_batch, case.seed + start)
     optimizer = row.optimizer([p for p in model.parameters() if p.requires_grad])
-    before, steps = start * len(batches), epochs * len(batches)
+    before = start * len(batches)
+    steps = row.steps or epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: (1 + math.cos(math.pi * (before + step) / steps)) / 2
     )
     model.train()
     for _ in range(end - start):
-        for images, labels in batches:
+        for images, labels in islice(batches, row.steps):
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,13 +30,14 @@ from deepclean_hooks import (
     Method,
     NegGradPlus,
     RandomLabel,
+    ReferenceGuided,
     SalUn,
 )
 from deepclean_hooks.tuning.search import search
 
 from . import variants
 from .cases import MEASURED, Case
-from .setups import SCENARIOS, forgotten_class
+from .setups import FIFTY, SCENARIOS, SHARES, forgotten_class
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Contender:
 
     `epochs`: None is the setup's. `stored`: whether the diagonal that was measured once serves.
     `few`: how many retain and forget samples are measured, None is all. `later`: the method of the
-    rounds after the first, one an epoch, where there are rounds.
+    rounds after the first, one an epoch, where there are rounds. `steps`: so many optimizer steps
+    instead of whole epochs.
     """
 
     method: Callable[[Case], Method]
@@ -67,11 +70,12 @@ class Contender:
     stored: bool = False
     few: Callable[[Case], tuple[int, int]] | None = None
     later: Callable[[Case], Method] | None = None
+    steps: int | None = None
     scenarios: tuple[str, ...] = SCENARIOS
 
     def serves(self, scenario: str) -> bool:
         """Whether the method is made for the scenario."""
-        return scenario.partition("-")[0] in self.scenarios
+        return scenario in self.scenarios or scenario.partition("-")[0] in self.scenarios
 
 
 def _gamma(case: Case) -> float:
@@ -159,6 +163,42 @@ def _at_gamma(gamma: float) -> Contender:
     return Contender(lambda case: DeepClean(gamma=gamma), stored=True)
 
 
+def _guided(
+    lr: float,
+    weight: float,
+    *,
+    match: Literal["rank", "mean"] = "rank",
+    selected: bool = False,
+    steps: int | None = None,
+) -> Contender:
+    """Reference-guided, on everything or on W_f alone, nothing reset."""
+
+    def method(case: Case) -> Method:
+        train = DeepClean(gamma=_gamma(case)) if selected else None
+        return ReferenceGuided(
+            case.setup.held_out, match=match, weight=weight, train=train, seed=case.seed
+        )
+
+    return Contender(
+        method,
+        Optimizer("sgd", lr),
+        epochs=None if steps is None else 1,
+        stored=selected,
+        steps=steps,
+        scenarios=(*SHARES, *FIFTY),
+    )
+
+
+# For networks that know their data by heart; these need held-out data, as `saturated` keeps them.
+GUIDED: dict[str, Contender] = {
+    "careful": Contender(lambda case: DeepClean()),
+    "fine-tune-sgd": Contender(lambda case: FineTune(), Optimizer("sgd", 0.1)),
+    "guided": _guided(0.1, 0.3),
+    "guided-wf": _guided(0.1, 0.5, selected=True),
+    "guided-mean": _guided(0.1, 0.3, match="mean"),
+    "guided-few": _guided(0.02, 1.0, steps=100),
+}
+
 ABLATIONS: dict[str, Contender] = {
     "deepclean-10%": Contender(
         lambda case: DeepClean(gamma=_gamma(case), max_selected=0.1), stored=True
@@ -202,7 +242,7 @@ ASKED: dict[str, Contender] = {
     ),
 }
 
-CONTENDERS = {**MAIN, **MORE, **ABLATIONS, **ASKED}
+CONTENDERS = {**MAIN, **MORE, **GUIDED, **ABLATIONS, **ASKED}
 # What the plot of cost against gap has at other budgets.
 BUDGETED = ("fine-tune", "deepclean", "all-free", "l1-sparse", "salun")
 AT = "@"

@@ -13,12 +13,13 @@ sets = scenario(small, "class", seed=0)      # .forget, .retain, .test, .forget_
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from benchmarks.lab.timer import comparing
 from deepclean_hooks.stored.files import written_whole
@@ -27,7 +28,7 @@ from examples.scenarios import Scenario, class_scenario, random_scenario
 
 from .networks import network
 from .recipes import train
-from .setups import SHARES, Setup, forgotten_class
+from .setups import FIFTY, SHARES, Setup, forgotten_class
 
 GAMMA = {"class": 2.0, "random": 1.1, "percent": 1.1}  # the paper's; 1 % is no case of theirs
 # A gold starts from other initial values, and sees other batches, than the original of its seed.
@@ -44,10 +45,17 @@ class Trained:
 
 def scenario(setup: Setup, name: str, seed: int) -> Scenario:
     """What to forget and the sets to judge by: "class", "class-LABEL", or, drawn by the seed,
-    "random" or "percent"."""
+    "random", "percent" or "fifty-QUARTER", a quarter of the forget set of "percent" without the
+    other quarters in either set, so that one gold serves all."""
     label, data = forgotten_class(name), setup.images
     if label is not None:
         return class_scenario(data.train, data.test, label, GAMMA["class"])
+    if name in FIFTY:
+        whole = scenario(setup, "percent", seed)
+        assert isinstance(whole.forget, Subset)
+        part = whole.forget.indices[FIFTY.index(name) :: len(FIFTY)]
+        title = f"forget {len(part)} training samples (gamma {whole.gamma:g})"
+        return dataclasses.replace(whole, title=title, forget=Subset(whole.forget.dataset, part))
     return random_scenario(data.train, data.test, SHARES[name], GAMMA[name], seed)
 
 
@@ -69,6 +77,7 @@ def gold(setup: Setup, name: str, seed: int) -> Trained:
     """
     if setup.checkpoint is not None:
         raise ValueError(f"no gold is made for {setup.checkpoint.name}: its recipe is not known")
+    name = "percent" if name in FIFTY else name
     path = setup.folder / f"gold_{name}_{seed}.pt"
     return _kept(setup, path, scenario(setup, name, seed).retain, GOLD_SEED + seed)
 

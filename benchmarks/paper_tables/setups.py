@@ -18,12 +18,13 @@ from .recipes import PAPER, Recipe, fast
 
 FORGOTTEN_CLASS = 0  # the paper's
 SHARES = {"random": 0.1, "percent": 0.01}  # of the training samples, forgotten at random
-SCENARIOS = ("class", *SHARES)  # "class-3" is "class" with another label
+FIFTY = ("fifty-0", "fifty-1", "fifty-2", "fifty-3")  # quarters of the forget set of "percent"
+SCENARIOS = ("class", *SHARES, *FIFTY)  # "class-3" is "class" with another label
 
 
 def forgotten_class(scenario: str) -> int | None:
     """The label that a scenario forgets; None for random samples."""
-    if scenario in SHARES:
+    if scenario in (*SHARES, *FIFTY):
         return None
     kind, dash, label = scenario.partition("-")
     if kind == "class" and (not dash or label.isdigit()):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .methods import ABLATIONS, ASKED, AT, BUDGETED, MAIN, MORE
+from .methods import ABLATIONS, ASKED, AT, BUDGETED, GUIDED, MAIN, MORE
+from .setups import FIFTY
 
 Summary = dict[str, Any]
 TITLES = {
     "random": "10 % of the training samples at random",
     "percent": "1 % of the training samples at random",
+    **{name: f"50 training samples, draw {name[-1]}" for name in FIFTY},
     "class": "one class (label 0)",
 }
 OVER_CLASSES = {
@@ -48,7 +50,7 @@ def tables(told: dict[str, Any]) -> str:
         title = TITLES.get(scenario) or scenario.replace("-", " ")
         golds = [_gold_line(told, scenario)] if "gold" in found else []
         parts.append("\n\n".join([f"### Forgetting {title}", *golds]))
-        parts.append(table(found, ["gold", "original", *MAIN, *MORE, *ASKED]))
+        parts.append(table(found, ["gold", "original", *MAIN, *MORE, *GUIDED, *ASKED]))
         changed = [name for name in found if name in ABLATIONS or AT in name]
         if changed:
             parts.append("DeepClean with one thing changed, and other budgets (`@` epochs):")
