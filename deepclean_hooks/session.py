@@ -159,7 +159,9 @@ class Session(Standing):
             selected_fraction=total / sum(p.numel() for p in self._trainable().values()),
             held_back_entries=selection.held_back,
         )
-        self._account.warn(selection.advice)
+        # What the user asked for by a number is told in the report; that nothing happens, at once.
+        tell = self._account.note if total else self._account.warn
+        tell(selection.advice)
         if self.method.knob and not selection.advice and total in (0, selection.candidates):
             self._account.warn(
                 f"{'no' if not total else 'every'} candidate entry was selected; "

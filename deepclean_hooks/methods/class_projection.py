@@ -133,8 +133,8 @@ def _rows(key: str) -> tuple[str, slice]:
 
 
 def _require_classes(forget: Measurement, retain: Measurement) -> None:
-    mine, theirs = forget.settings.get("classes"), retain.settings.get("classes")
-    both = classes.shared(mine, theirs)
+    mine: classes.Counts = forget.settings.get("classes") or {}
+    both = classes.shared(forget.settings.get("classes"), retain.settings.get("classes"))
     if both is None:
         raise ValueError(
             "ClassProjection forgets whole classes and found no class labels in the batches; yield "

@@ -240,9 +240,9 @@ def _of_chance(forget: Measurement, common: list[str] | None, found: Selection) 
     if forget.count >= FEW or not found.entries():
         return ""
     return (
-        f"{found.entries() / max(1, found.candidates):.1%} of the candidate entries are about to be "
-        f"reset for {count}: of so few samples the ratio is mostly chance, and the reset costs "
-        f'accuracy; {way_out}, or leave gamma at "careful"'
+        f"{found.entries() / max(1, found.candidates):.1%} of the candidate entries are reset for "
+        f"{count}: of so few samples the ratio is mostly chance, and the reset costs accuracy; "
+        f'{way_out}, or leave gamma at "careful"'
     )
 
 

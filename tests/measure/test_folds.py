@@ -78,8 +78,8 @@ def selected(method: DeepClean, forget: Subset, retain: Subset) -> tuple[int, st
 def test_random_samples_must_agree_in_every_part() -> None:
     """Fails if the default resets what a few samples make large by chance, as gamma 2 does."""
     forget, retain = Subset(data(), range(6)), Subset(data(), range(6, 40))
-    with pytest.warns(UserWarning, match="of so few samples the ratio is mostly chance"):
-        literal, _, _ = selected(DeepClean(gamma=2.0), forget, retain)
+    literal, _, told = selected(DeepClean(gamma=2.0), forget, retain)
+    assert any("of so few samples the ratio is mostly chance" in text for text in told)
     with pytest.warns(UserWarning, match="nothing was selected.*ReferenceGuided"):
         careful, criterion, warnings = selected(DeepClean(), forget, retain)
     assert literal > 0
