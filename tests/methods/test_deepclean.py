@@ -54,7 +54,7 @@ def test_zeros_and_ties() -> None:
 @pytest.mark.parametrize("gamma", [0, -1.0, float("nan"), float("inf"), "2", True])
 def test_gamma_must_be_positive(gamma: object) -> None:
     """Fails if a meaningless threshold is taken, or the value is not named."""
-    with pytest.raises(ValueError, match='gamma must be a positive number or "auto", got'):
+    with pytest.raises(ValueError, match='gamma must be a positive number, "careful" or "auto", got'):
         DeepClean(gamma=gamma)
 
 
@@ -62,7 +62,7 @@ def test_gamma_must_be_positive(gamma: object) -> None:
 def test_max_selected_must_be_a_share(share: float) -> None:
     """Fails if a meaningless cap is taken, or the value is not named."""
     with pytest.raises(ValueError, match="max_selected must be above 0 and at most 1, got"):
-        DeepClean(max_selected=share)
+        DeepClean(gamma=2.0, max_selected=share)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.2])
@@ -84,7 +84,7 @@ def test_max_selected_keeps_the_highest_ratios(share: float) -> None:
 def test_max_selected_that_holds_changes_nothing() -> None:
     """Fails if a cap that gamma keeps to changes the selection or its criterion."""
     pair = diagonal([0, 1, 2, 4, 9]), diagonal([0, 1, 1, 1, 1])
-    plain, capped = (DeepClean(max_selected=cap).select(*pair) for cap in (None, 0.4))
+    plain, capped = (DeepClean(gamma=2.0, max_selected=cap).select(*pair) for cap in (None, 0.4))
     assert plain.masks["w"].sum() == 2
     assert torch.equal(plain.masks["w"], capped.masks["w"])
     assert plain.criterion == capped.criterion
@@ -94,7 +94,7 @@ def test_max_selected_names_entries_that_no_gamma_leaves() -> None:
     """Fails if entries without any information on the retain set exceed the cap unnoticed, or the
     search does not end."""
     with pytest.raises(ValueError, match="more than 1 entries have no Fisher information on the"):
-        DeepClean(max_selected=0.5).select(diagonal([1, 2, 1]), diagonal([0, 0, 1]))
+        DeepClean(gamma=2.0, max_selected=0.5).select(diagonal([1, 2, 1]), diagonal([0, 0, 1]))
 
 
 def selectable(method: DeepClean) -> set[str]:
