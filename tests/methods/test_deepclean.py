@@ -54,7 +54,9 @@ def test_zeros_and_ties() -> None:
 @pytest.mark.parametrize("gamma", [0, -1.0, float("nan"), float("inf"), "2", True])
 def test_gamma_must_be_positive(gamma: object) -> None:
     """Fails if a meaningless threshold is taken, or the value is not named."""
-    with pytest.raises(ValueError, match='gamma must be a positive number, "careful" or "auto", got'):
+    with pytest.raises(
+        ValueError, match='gamma must be a positive number, "careful" or "auto", got'
+    ):
         DeepClean(gamma=gamma)
 
 
