@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -89,7 +91,7 @@ class Adding:
         device = no_trace.device_of(self._model)
         rank, world = ranks.world()
         with no_trace.own_precision(self._model, evaluates=self.term.evaluates) as dtype:
-            torch.manual_seed((self.term.seed * 1_000_003 + step) * world + rank)
+            _seed((self.term.seed * 1_000_003 + step) * world + rank)
             if not again or self._drawn is None:
                 self._drawn = next(self._batches)
             drawn = self._drawn
@@ -103,6 +105,13 @@ class Adding:
             # FSDP2 averages over the ranks by itself.
             loss: Any = total * world if fsdp.is_sharded(self._model) else total
             loss.backward()
+
+
+def _seed(number: int) -> None:
+    """Seeds every global generator that a data set's transform or a layer may draw from."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)
 
 
 def positions(count: int, size: int, seed: int, first: int = 0) -> Iterator[Tensor]:
@@ -121,8 +130,8 @@ def positions(count: int, size: int, seed: int, first: int = 0) -> Iterator[Tens
 
 
 def _order(count: int, seed: int, number: int) -> Tensor:
-    random = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    return torch.randperm(count, generator=random)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.randperm(count, generator=generator)
 
 
 class _Mine:

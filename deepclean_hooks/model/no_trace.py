@@ -111,7 +111,7 @@ def own_precision(model: nn.Module, *, evaluates: bool) -> Iterator[torch.dtype 
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     with contextlib.ExitStack() as stack:
         devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(random_state.kept(devices=devices))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_own_forward(model))
         try:
