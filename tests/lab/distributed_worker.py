@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import deepclean_hooks as deepclean
+from deepclean_hooks.stored import sealed
 from deepclean_hooks.stored.bits import differing, digest
 from lab import small
 
@@ -394,7 +395,7 @@ def resumed_fsdp2(rank: int) -> dict[str, Any]:
     optimizer = adamw(model)
     with one as run:
         train(model, rank, 2, optimizer=optimizer)
-        stored = copy.deepcopy(one.state_dict())
+        stored = copy.deepcopy(sealed.seal(run.state_dict(), model))
         weights = {name: full(value) for name, value in model.state_dict().items()}
         moments = copy.deepcopy(optimizer.state_dict())
         train(model, rank, first=2, optimizer=optimizer)
@@ -402,7 +403,7 @@ def resumed_fsdp2(rank: int) -> dict[str, Any]:
     again.load_state_dict(weights)
     fully_shard(again)
     other = hook(again)
-    other.load_state_dict(stored)
+    other._loaded = stored, Path("deepclean.pt")  # as load_state leaves it
     optimizer = adamw(again)
     optimizer.load_state_dict(moments)
     with other as resumed:
