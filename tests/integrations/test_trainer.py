@@ -26,6 +26,7 @@ from deepclean_hooks.stored.sealed import BrokenRun
 from lab.hooks import hooks_of_torch
 from lab.processes import in_child, launch
 from lab.training import (
+    ADDITIVE,
     FORGET,
     METHOD,
     MODELS,
@@ -510,6 +511,20 @@ def test_method_that_trains_nothing_ends_the_training(tmp_path: Path) -> None:
     one.train()
     assert one.state.global_step <= 1
     assert same_bits(bits_of(edited), bits_of(model))
+
+
+def test_a_term_goes_on_in_a_resumed_training(tmp_path: Path) -> None:
+    """Fails if a checkpoint leaves the targets out, they are computed anew from the half-trained
+    model, or the forget batches begin again with the first."""
+    ends = []
+    method = ADDITIVE["ReferenceGuided, W_f"]
+    options = {"save_strategy": "steps", "save_steps": 3, "train_sampling_strategy": "sequential"}
+    for folder, stored in (("whole", None), ("again", tmp_path / "whole" / "checkpoint-3")):
+        model = timm_vit()
+        one = trainer(tmp_path / folder, model, callback(method=method, batch_size=5), **options)
+        one.train(resume_from_checkpoint=None if stored is None else str(stored))
+        ends.append(bits_of(model))
+    assert same_bits(*ends)
 
 
 class OwnObjective(deepclean.DeepClean):
