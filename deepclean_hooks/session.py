@@ -238,34 +238,10 @@ class Session(Standing):
                 self._account.warn(remark)
         return self
 
-    def refresh(self, average: object) -> Session:
-        """Writes the model's weights into an average of it (EMA, SWA) from before the reset, which
-        then begins anew: without this it keeps what is to be forgotten.
-
-        `average`: torch's AveragedModel, timm's ModelEma, V2 or V3, a plain copy, or an object with
-        a module, a list or a dict of tensors like the model's. Raises ValueError for anything else.
-        """
-        self._expect(Guarded, "refresh").guard.refresh(average)
-        return self
-
     def forgotten(self, held_out: Data) -> Forgetting:
         """How the model meets the forget set beside unseen data of the same kind, asked at any time
         from `measure` on, in your loop too; all ranks call this."""
         return forgetting(self.model, self._sets["forget"], held_out, progress=self.progress)
-
-    def compact(self) -> dict[str, nn.Parameter]:
-        """The free entries as small tensors by parameter name, to build an optimizer of your own
-        on.
-
-        What it remembers then has the size of W_f. `Guard.compact` says what it serves.
-        """
-        return self._expect(Guarded, "compact").guard.compact()
-
-    def hold(self) -> Session:
-        """Puts every frozen entry back to its bits now; call it after an average of the weights
-        (EMA, SWA) was written into the model, for averaging rounds entries that are equal."""
-        self._expect(Guarded, "hold").guard.hold()
-        return self
 
     def finish(self) -> Report:
         """Counts what moved and what came back, lets go of the model and scores it; the report is

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from deepclean_hooks.guard.guard import NormStatistics
 from deepclean_hooks.measure.request import Measured
@@ -105,6 +106,30 @@ class Standing:
             "seconds": self._seconds(),
             "model": checkpoint.model_digest(self.model),
         }
+
+    def refresh(self, average: object) -> Self:
+        """Writes the model's weights into an average of it (EMA, SWA) from before the reset, which
+        then begins anew: without this it keeps what is to be forgotten.
+
+        `average`: torch's AveragedModel, timm's ModelEma, V2 or V3, a plain copy, or an object with
+        a module, a list or a dict of tensors like the model's. Raises ValueError for anything else.
+        """
+        self._expect(Guarded, "refresh").guard.refresh(average)
+        return self
+
+    def compact(self) -> dict[str, nn.Parameter]:
+        """The free entries as small tensors by parameter name, to build an optimizer of your own
+        on.
+
+        What it remembers then has the size of W_f. `Guard.compact` says what it serves.
+        """
+        return self._expect(Guarded, "compact").guard.compact()
+
+    def hold(self) -> Self:
+        """Puts every frozen entry back to its bits now; call it after an average of the weights
+        (EMA, SWA) was written into the model, for averaging rounds entries that are equal."""
+        self._expect(Guarded, "hold").guard.hold()
+        return self
 
     def close(self) -> None:
         """Takes every hook off the model and the optimizers; safe at any time, and twice."""
