@@ -815,7 +815,8 @@ def one_of_two(folder: str) -> None:
 def test_two_processes(tmp_path: Path) -> None:
     """Fails if ranks differ in masks or weights, a mask differs from that of one process, or a
     resumed run ends elsewhere."""
-    launch("-W", "ignore", "-c", f"import test_trainer as t; t.one_of_two({str(tmp_path)!r})")
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_trainer as t\n"
+    launch("-W", "ignore", "-c", f"{code}t.one_of_two({str(tmp_path)!r})")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     for name in ("transformers", "convolutional"):
         one, other = (rank[name] for rank in ranks)
