@@ -168,7 +168,7 @@ class SquaredGradients(Planner):
         """`fixed`: the plan is of this very batch."""
         forward, loss = self._forward(batch, plan)
         self._require_same_operands(forward, plan)
-        if forward.branched and not fixed and plan.split():
+        if forward.chosen and not fixed and plan.split():
             raise ModelChanged("the data may choose which entries of a parameter are used")
         if not self._weighed(forward, loss, counted, plan):
             self._squared(forward, loss, counted, plan, sums)

@@ -70,11 +70,14 @@ class Pass(Forward):
         self.n = n
         self.meetings = 0
         self.expansions = 0
+        self.branched = False  # whether the data became a number or a truth value of Python's
+        self.chosen = False  # whether a meeting came after that: the loss looks at labels, later
         self.wanders = False  # rows were moved by what the data is: no layout holds from there on
 
     def begin(self, call: Call) -> None:
         """A meeting starts."""
         self.meetings += 1
+        self.chosen |= self.branched
 
     def unserved(self, call: Call, reason: str) -> Any:
         """Runs an operation that no rule serves, its parameter side cut."""
@@ -183,7 +186,6 @@ class ServedPass(Pass):
         self.seen, self.anchor, self.receive = seen, anchor, receive
         self.uses: list[Use] = []
         self.refused: list[tuple[list[Tensor], str]] = []
-        self.branched = False  # whether the data became a number or a truth value of Python's
         self.dtypes: set[torch.dtype] = set()  # in which parameters met the data
         self._asked = self._read = 0
         self._place = ("meeting", 0)
@@ -223,7 +225,6 @@ class ServedPass(Pass):
         return Owners(self.n)
 
     def read(self, number: int | bool) -> None:
-        self.branched = True
         if isinstance(number, bool):  # what follows shows in the operations
             return
         at, self._read = self._read, self._read + 1

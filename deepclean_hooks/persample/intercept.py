@@ -169,6 +169,7 @@ class Interception(TorchFunctionMode):
         elif sides == BOTH and func is Tensor.__getitem__ and _is_number(args):
             # A block of a parameter, chosen by a number of the data: an expert.
             number = int(args[1])
+            self.forward.branched = True
             self.forward.read(number)
             return func(args[0], number)
         elif sides == BOTH:
@@ -191,6 +192,7 @@ class Interception(TorchFunctionMode):
         if func not in _READS:
             self.forward.wanders |= _moves(func, args, kwargs)
         elif isinstance(out, int):
+            self.forward.branched = True
             self.forward.read(out)
 
     def _meet(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -101,11 +101,16 @@ def meetings(
             raise ProbeFailed("its operations change with the batch size")
         expansions = batch_dimensions(first, second)
     seen = _with_nan(model, loss_fn, few, NaNPass(PROBE_SAMPLES, expansions, first.reads))
-    # A comparison with NaN is false: the forward may have taken another way.
-    if agreed(seen is None or not seen.apart or seen.functions != first.functions):
+    blank = NaNPass(PROBE_SAMPLES, expansions, first.reads)
+    if agreed(seen is None or not seen.apart):
         # Not the model's fault: 0 times NaN is NaN behind a mask, and some operations refuse NaN.
         _require_separate_among_others(model, loss_fn, few, agreed)
-        seen = _without_nan(model, loss_fn, few, NaNPass(PROBE_SAMPLES, expansions, first.reads))
+        seen = _without_nan(model, loss_fn, few, blank)
+    elif agreed(first.chosen):
+        # A comparison with NaN is false: the forward may have taken another way.
+        plain = _without_nan(model, loss_fn, few, blank)
+        if seen is None or agreed(plain.functions != seen.functions):
+            seen = plain
     assert seen is not None
     return seen
 

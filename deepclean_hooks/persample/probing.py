@@ -44,11 +44,6 @@ class ShapePass(_Probing):
         super().__init__(n)
         self.shapes: list[torch.Size] = []
         self.reads: list[int] = []
-        self.functions: list[Callable[..., Any]] = []
-
-    def begin(self, call: Call) -> None:
-        super().begin(call)
-        self.functions.append(call.func)
 
     def layout(self, x: Tensor) -> Layout:
         return Layout(0)

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from deepclean_hooks import fisher_diagonal
 from deepclean_hooks.persample import forwards, intercept
 from deepclean_hooks.persample.engine import SquaredGradients
+from lab.cases import CASES
 from lab.reference import relative_error, squared_gradients
 
 STEPS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -131,12 +132,16 @@ def test_whole_numbers_that_become_floats(name: str) -> None:
     assert not measured.settings["one_sample_loop"]
 
 
-def test_whole_numbers_cost_one_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if pixels in whole numbers are told apart in two backward passes, though the probe can
-    see where they lie."""
+@pytest.mark.parametrize("name", ["pixels", "timm vit_tiny", "embedding, sequence first"])
+def test_one_backward_where_the_probe_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if samples are told apart in two backward passes, though the probe can see where they
+    lie: pixels in whole numbers, a class token that is copied for each sample."""
     torch.manual_seed(0)
-    model = Pixels(CODES["pixels / 255"][0]).double().eval()
-    x, y = torch.randint(0, 6, (7, 4, 6)).to(torch.uint8), torch.arange(7)
+    if name == "pixels":
+        model = Pixels(CODES["pixels / 255"][0]).double().eval()
+        x, y = torch.randint(0, 6, (7, 4, 6)).to(torch.uint8), torch.arange(7)
+    else:
+        model, (x, y) = CASES[name].model().eval(), CASES[name].batch(7)
     weighed: list[bool] = []
     original = SquaredGradients._weighed
 
