@@ -8,7 +8,7 @@ D: inputs of one output of a layer, G: groups, O: outputs of a group.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +19,7 @@ from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.layer_inputs import LayerInputs
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Mask, Selection
+from deepclean_hooks.methods.selecting import Mask, Selection, Weights
 from deepclean_hooks.methods.settings import require_positive
 
 RETAIN_GRID = (10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -83,11 +83,7 @@ class ClassProjection(Method):
         return Selection(masks, 0, "the inputs of the weight's layer were seen")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """W P^T, computed in float64."""
         values = {name: weights[name].clone() for name in selection.masks}

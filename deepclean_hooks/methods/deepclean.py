@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -27,6 +27,7 @@ from deepclean_hooks.methods.method import Method
 from deepclean_hooks.methods.selecting import (
     Mask,
     Selection,
+    Weights,
     above_noise,
     exceeds,
     is_norm_scale,
@@ -200,11 +201,7 @@ class DeepClean(Method):
         return dataclasses.replace(raised, criterion=f"{raised.criterion}, {why}")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """Zero."""
         return {name: torch.zeros_like(weights[name]) for name in selection.masks}

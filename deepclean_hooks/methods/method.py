@@ -16,7 +16,7 @@ from deepclean_hooks.data.samples import Data
 from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
-from deepclean_hooks.methods.selecting import Mask, Selection, everything, nothing
+from deepclean_hooks.methods.selecting import Mask, Selection, Weights, everything, nothing
 from deepclean_hooks.methods.term import Term
 from deepclean_hooks.methods.training import Training
 from deepclean_hooks.ranks import fsdp, shards
@@ -111,11 +111,7 @@ class Method(ABC):
         return Selection(nothing(forget), 0, "nothing is selected")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """What the picked entries become: full-shape tensors, read only where the mask is True. The
         weights as they are by default."""

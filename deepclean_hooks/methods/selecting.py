@@ -20,6 +20,9 @@ NOISE_IN_EPS = 8.0
 Mask = dict[str, Tensor]
 """Parameter name -> bool tensor of its shape; a parameter that is not named is False throughout."""
 
+Weights = Mapping[str, Tensor]
+"""Parameter name -> values of its shape."""
+
 
 @dataclass(frozen=True)
 class Selection:

@@ -10,7 +10,6 @@ Selective Synaptic Dampening", 2024 (ASSD).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +20,7 @@ from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.fisher import PerSampleFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Mask, Selection, above_noise
+from deepclean_hooks.methods.selecting import Mask, Selection, Weights, above_noise
 from deepclean_hooks.methods.settings import require_positive
 from deepclean_hooks.ranks import shards
 
@@ -83,11 +82,7 @@ class SSD(Method):
         return self._selection(forget, retain, self.alpha, f"I_Df > {self.alpha:g} * I_D")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """The weights, dampened."""
         own, whole = forget.mean(), self._whole(forget, retain).mean()

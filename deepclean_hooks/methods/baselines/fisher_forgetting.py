@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from deepclean_hooks.measure.estimator import Estimator, SamplesOnly
 from deepclean_hooks.measure.expected_fisher import ExpectedFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Mask, Selection, everything
+from deepclean_hooks.methods.selecting import Mask, Selection, Weights, everything
 from deepclean_hooks.methods.settings import require_positive
 
 LARGEST, LARGEST_IN_HEAD = 1e3, 1e2  # of 1 / F, as in the published code
@@ -61,11 +60,7 @@ class FisherForgetting(Method):
         return Selection(masks, sum(m.numel() for m in masks.values()), "every entry gets noise")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """Samples around the weights, drawn by the seed."""
         random = torch.Generator().manual_seed(self.seed)

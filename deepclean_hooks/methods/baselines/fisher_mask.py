@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from deepclean_hooks.measure.estimator import Estimator
 from deepclean_hooks.measure.expected_fisher import ExpectedFisher
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Selection, largest
+from deepclean_hooks.methods.selecting import Selection, Weights, largest
 from deepclean_hooks.methods.settings import require_positive, require_shares
 
 
@@ -53,11 +52,7 @@ class FisherMask(Method):
         return Selection(masks, total, f"I_Df - I_Dr is among the largest {self.share:.0%}")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """Zero."""
         return {name: torch.zeros_like(weights[name]) for name in selection.masks}

@@ -20,19 +20,12 @@ from deepclean_hooks.methods.training import Loader, Step, Training, in_turn
 
 
 @dataclass(frozen=True)
-class RandomLabel(Additive):
-    """Adds `weight` times the cross-entropy of D_f with labels drawn anew at every step, the true
-    one included.
-
-    Equation 5 of Fan et al., "SalUn", ICLR 2024, without its mask. `weight` is |D_f| / |D_r| by
-    default: a sample of D_f then counts as much as one of D_r. `as_published`: an epoch is all
-    forget batches, then D_r, as in their code for CIFAR-10; only `unlearn` can train so.
-    """
+class _OtherLabels(Additive):
+    """A weighted term on D_f with labels that are not its own, or their published training."""
 
     _: KW_ONLY
     weight: float | None = None
     as_published: bool = False
-    name = "random label"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a weight that is no positive number."""
@@ -44,6 +37,19 @@ class RandomLabel(Additive):
     def own_training(self) -> bool:
         """Whether the published order was asked for."""
         return self.as_published
+
+
+@dataclass(frozen=True)
+class RandomLabel(_OtherLabels):
+    """Adds `weight` times the cross-entropy of D_f with labels drawn anew at every step, the true
+    one included.
+
+    Equation 5 of Fan et al., "SalUn", ICLR 2024, without its mask. `weight` is |D_f| / |D_r| by
+    default: a sample of D_f then counts as much as one of D_r. `as_published`: an epoch is all
+    forget batches, then D_r, as in their code for CIFAR-10; only `unlearn` can train so.
+    """
+
+    name = "random label"
 
     def term(self) -> Term | None:
         """Cross-entropy with random labels."""
@@ -55,7 +61,7 @@ class RandomLabel(Additive):
 
 
 @dataclass(frozen=True)
-class Amnesiac(Additive):
+class Amnesiac(_OtherLabels):
     """Adds `weight` times the cross-entropy of D_f, each sample with one wrong label for good.
 
     The relabelling of Graves, Nagisetty, Ganesh: "Amnesiac Machine Learning", AAAI 2021 (their
@@ -65,21 +71,7 @@ class Amnesiac(Additive):
     code of SSD and of bad teaching has it; only `unlearn` can train so.
     """
 
-    _: KW_ONLY
-    weight: float | None = None
-    as_published: bool = False
     name = "amnesiac"
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a weight that is no positive number."""
-        super().__post_init__()
-        if self.weight is not None:
-            require_positive(weight=self.weight)
-
-    @property
-    def own_training(self) -> bool:
-        """Whether the published order was asked for."""
-        return self.as_published
 
     def term(self) -> Term | None:
         """Cross-entropy with wrong labels."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deepclean_hooks.measure.batch_mean import MeanGradient
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Mask, Selection, largest
+from deepclean_hooks.methods.selecting import Mask, Selection, Weights, largest
 from deepclean_hooks.methods.settings import require_shares
 from deepclean_hooks.methods.term import Original, Term
 
@@ -54,11 +54,7 @@ class MSG(Method):
         return Selection(masks, total, f"|g| is among its layer's smallest {self.share:.0%}")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """Kaiming-normal values, drawn by the seed."""
         random = torch.Generator().manual_seed(self.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from deepclean_hooks.measure.estimator import SamplesOnly
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
-from deepclean_hooks.methods.selecting import Selection, everything, nothing
+from deepclean_hooks.methods.selecting import Selection, Weights, everything, nothing
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,7 @@ class CT(Method):
         return Selection(masks, total, "the entry is one of a square kernel's")
 
     def new_values(
-        self,
-        weights: Mapping[str, Tensor],
-        selection: Selection,
-        forget: Measurement,
-        retain: Measurement,
+        self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """The kernels, transposed."""
         kept = super().new_values(weights, selection, forget, retain)
