@@ -179,6 +179,20 @@ def samples_of(
     )
 
 
+def sets_of(given: Mapping[str, Data | None], **reading: Any) -> dict[str, Samples]:
+    """The samples of each set that is given, by its name; `reading` is how `samples_of` reads them.
+
+    Raises as `samples_of` and `refuse_shared_indices` do.
+    """
+    sets = {
+        name: samples_of(data, name=name, **reading)
+        for name, data in given.items()
+        if data is not None
+    }
+    refuse_shared_indices(sets)
+    return sets
+
+
 def _of_loader(read: Opened, name: str, batch_size: int | None, collate: Any) -> Samples:
     loader = read.loader
     if isinstance(loader.dataset, IterableDataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ def dead_entries(
         # BatchNorm cannot normalise one sample by itself.
         fewest = 2 if any(module.training for module in inner.modules()) else 1
         retain = dataclasses.replace(retain, batch_size=max(fewest, retain.batch_size))
-        reached = _reached_sharded if fsdp.is_sharded(inner) else _reached
-        alive = reached(inner, parameters, retain, loss_fn, fewest, dtype)
+        search = _Search(inner, parameters, retain, loss_fn, fewest, dtype)
+        alive = search.reached_sharded() if fsdp.is_sharded(inner) else search.reached()
     return {name: shards.total(mask & ~alive[name]) for name, mask in masks.items()}
 
 
@@ -64,68 +65,65 @@ def _pairs(retain: Samples) -> bool:
     return len(retain.indices) > ranks.world()[1]
 
 
-def _reached(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    retain: Samples,
-    loss_fn: LossFn,
-    fewest: int,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """True where the gradient is not 0 in one of the first batches of any rank."""
-    alive = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in parameters.items()}
-    walked = walk(retain, device=no_trace.device_of(model), dtype=dtype)
-    with ranks.fail_together():
-        for batch in itertools.islice(walked, BATCHES):
-            if batches.size(batch) >= fewest:
-                loss = _mean_loss(model, loss_fn, batch)
-                for name, gradient in _gradients(loss, parameters).items():
-                    alive[name] |= gradient != 0
-    # Not 8 bits: 256 ranks would add up to 0.
-    counts = {name: tensor.to(torch.int32) for name, tensor in alive.items()}
-    ranks.sum_over_ranks(counts)
-    return {name: count > 0 for name, count in counts.items()}
+@dataclass(frozen=True)
+class _Search:
+    """Which entries have a gradient in one of the first batches of the retain set; a batch of fewer
+    samples than `fewest` is passed over."""
 
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    retain: Samples
+    loss_fn: LossFn
+    fewest: int
+    dtype: torch.dtype | None
 
-def _reached_sharded(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    retain: Samples,
-    loss_fn: LossFn,
-    fewest: int,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """The same under FSDP2, sharded as the parameters; whole gradients of a part of the model at a
-    time."""
-    alive = {n: torch.zeros_like(shards.local(p), dtype=torch.bool) for n, p in parameters.items()}
-    whole = fsdp.Unsharded(model)
-    unsharded = whole.parameters
-    names = {id(p): name for name, p in unsharded.items()}
-    device = no_trace.device_of(model)
-    for group in groups({name: unsharded[name] for name in parameters}, DEFAULT_MEMORY_BUDGET):
-        walked = walk_together(retain, device=device, dtype=dtype)
-        for padded, counted in itertools.islice(walked, BATCHES):
-            if batches.size(padded) < fewest:
-                continue
-            # One that is too small is run as padded, for the other ranks, and not looked at.
-            seen = counted >= fewest
-            batch = batches.rows(padded, torch.arange(counted)) if seen else padded
-            with ranks.fail_together():
-                loss = _mean_loss(model, loss_fn, batch)
-            beside = whole.one_of_each(leaves(loss, names))
-            for name, gradient in _gradients(loss, group, beside).items():
-                nonzero = (gradient != 0).float().mul_(float(seen))
-                alive[name] |= shards.summed_part(nonzero, parameters[name]) > 0
-    plain = {n: a.to(torch.int32) for n, a in alive.items() if not shards.is_shard(parameters[n])}
-    ranks.sum_over_ranks(plain)
-    alive.update({name: count > 0 for name, count in plain.items()})
-    return {name: shards.sharded_as(part, parameters[name]) for name, part in alive.items()}
+    def reached(self) -> dict[str, Tensor]:
+        """True where the gradient is not 0 in one of the first batches of any rank."""
+        alive = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in self.parameters.items()}
+        walked = walk(self.retain, device=no_trace.device_of(self.model), dtype=self.dtype)
+        with ranks.fail_together():
+            for batch in itertools.islice(walked, BATCHES):
+                if batches.size(batch) >= self.fewest:
+                    loss = self._mean_loss(batch)
+                    for name, gradient in _gradients(loss, self.parameters).items():
+                        alive[name] |= gradient != 0
+        # Not 8 bits: 256 ranks would add up to 0.
+        counts = {name: tensor.to(torch.int32) for name, tensor in alive.items()}
+        ranks.sum_over_ranks(counts)
+        return {name: count > 0 for name, count in counts.items()}
 
+    def reached_sharded(self) -> dict[str, Tensor]:
+        """The same under FSDP2, sharded as the parameters; whole gradients of a part of the model
+        at a time."""
+        sharded = self.parameters
+        alive = {n: torch.zeros_like(shards.local(p), dtype=torch.bool) for n, p in sharded.items()}
+        whole = fsdp.Unsharded(self.model)
+        unsharded = whole.parameters
+        names = {id(p): name for name, p in unsharded.items()}
+        device = no_trace.device_of(self.model)
+        for group in groups({name: unsharded[name] for name in sharded}, DEFAULT_MEMORY_BUDGET):
+            walked = walk_together(self.retain, device=device, dtype=self.dtype)
+            for padded, counted in itertools.islice(walked, BATCHES):
+                if batches.size(padded) < self.fewest:
+                    continue
+                # One that is too small is run as padded, for the other ranks, and not looked at.
+                seen = counted >= self.fewest
+                batch = batches.rows(padded, torch.arange(counted)) if seen else padded
+                with ranks.fail_together():
+                    loss = self._mean_loss(batch)
+                beside = whole.one_of_each(leaves(loss, names))
+                for name, gradient in _gradients(loss, group, beside).items():
+                    nonzero = (gradient != 0).float().mul_(float(seen))
+                    alive[name] |= shards.summed_part(nonzero, sharded[name]) > 0
+        plain = {n: a.to(torch.int32) for n, a in alive.items() if not shards.is_shard(sharded[n])}
+        ranks.sum_over_ranks(plain)
+        alive.update({name: count > 0 for name, count in plain.items()})
+        return {name: shards.sharded_as(part, sharded[name]) for name, part in alive.items()}
 
-def _mean_loss(model: nn.Module, loss_fn: LossFn, batch: Batch) -> Tensor:
-    # A tensor kept from the batch before belongs to a graph that is gone.
-    no_trace.drop_caches(model)
-    return losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
+    def _mean_loss(self, batch: Batch) -> Tensor:
+        # A tensor kept from the batch before belongs to a graph that is gone.
+        no_trace.drop_caches(self.model)
+        return losses.per_sample(self.loss_fn(self.model, batch), batches.size(batch)).mean()
 
 
 def _gradients(

@@ -75,6 +75,11 @@ def unseen_like(outputs: dict[str, Outputs]) -> tuple[Outputs | None, str]:
     return test.at(among), "the test samples of the forget set's classes"
 
 
+def lacking(outputs: dict[str, Outputs], *names: str) -> str:
+    """Which of these sets there are no outputs of, in words; empty for none."""
+    return ", ".join(name for name in names if name not in outputs)
+
+
 def confidence_svc(outputs: dict[str, Outputs]) -> Attack:
     """SalUn's "MIA-efficacy": the share of forget samples that a support vector machine calls
     non-members."""
@@ -87,10 +92,8 @@ def confidence_svc(outputs: dict[str, Outputs]) -> Attack:
         orientation="per cent of the forget samples called non-members (1 - mean, as in the SalUn "
         "line of work): higher means forgotten; the aim is the figure of a retrained model",
     )
-    missing = [name for name in ("forget", "retain", "test") if name not in outputs]
-    if missing:
-        reason = f"it needs forget, retain and test; missing: {', '.join(missing)}"
-        return attack.without("efficacy", reason)
+    if missing := lacking(outputs, "forget", "retain", "test"):
+        return attack.without("efficacy", f"it needs forget, retain and test; missing: {missing}")
 
     def run() -> dict[str, float]:
         from sklearn.svm import SVC

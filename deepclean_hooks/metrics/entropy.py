@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from deepclean_hooks.metrics.attack import Attack
+from deepclean_hooks.metrics.attack import Attack, lacking
 from deepclean_hooks.metrics.outputs import Outputs
 
 
@@ -28,10 +28,8 @@ def entropy_regression(outputs: dict[str, Outputs]) -> Attack:
         "which need not be 0; attacker_accuracy: per cent of the samples it was fitted on, 50 is a "
         "coin",
     )
-    missing = [name for name in ("forget", "retain", "test") if name not in outputs]
-    if missing:
-        reason = f"it needs forget, retain and test; missing: {', '.join(missing)}"
-        return attack.without("rate", reason)
+    if missing := lacking(outputs, "forget", "retain", "test"):
+        return attack.without("rate", f"it needs forget, retain and test; missing: {missing}")
 
     def run() -> dict[str, float]:
         from sklearn.linear_model import LogisticRegression

@@ -103,8 +103,10 @@ class Call:
         return getattr(self.func, "__name__", str(self.func))
 
     def bind(self, *names: str, **defaults: Any) -> dict[str, Any]:
-        """The arguments by the function's own parameter names."""
-        return {**defaults, **dict(zip(names, self.args, strict=False)), **self.kwargs}
+        """The arguments by the function's own parameter names: those without a default, then the
+        others, in the function's order."""
+        given = dict(zip((*names, *defaults), self.args, strict=False))
+        return {**defaults, **given, **self.kwargs}
 
     def positional(self, count: int) -> tuple[Any, ...]:
         """The first `count` arguments, however they were passed."""

@@ -20,7 +20,7 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
+from deepclean_hooks.data.samples import Data, Samples, samples_of, sets_of
 from deepclean_hooks.guard.guard import NormStatistics
 from deepclean_hooks.measure.request import Measured, measured
 from deepclean_hooks.methods import DEFAULT
@@ -66,28 +66,17 @@ def choose_gamma(
     """
     base = method or DEFAULT
     given = {"forget": forget, "retain": retain, "held_out": held_out}
-    sets = {
-        name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-        for name, data in given.items()
-        if data is not None
-    }
-    refuse_shared_indices(sets)
+    sets = sets_of(given, batch_size=batch_size, collate_fn=collate_fn)
     require_whole(model)
     methods = grid(base, gammas)
     trials = Trials(sets["forget"], sets["retain"], sets.get("held_out"))
-    found = measured(
-        base,
-        model,
-        sets["forget"],
-        sets["retain"],
-        loss_fn=loss_fn or losses.cross_entropy,
-        progress=progress,
-    )
+    loss = loss_fn or losses.cross_entropy
+    found = measured(base, model, sets["forget"], sets["retain"], loss_fn=loss, progress=progress)
     return trials.choose(
         model,
         methods,
         found,
-        loss_fn=loss_fn or losses.cross_entropy,
+        loss_fn=loss,
         norm_statistics=norm_statistics,
     )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from deepclean_hooks.data import losses
 from deepclean_hooks.data.losses import LossFn
-from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
+from deepclean_hooks.data.samples import Data, Samples, sets_of
 from deepclean_hooks.guard.guard import NormStatistics
 from deepclean_hooks.measure.request import Measured, measured
 from deepclean_hooks.methods import DEFAULT
@@ -130,20 +130,9 @@ def gamma_sweep(
     methods = grid(base, gammas)
     fsdp.refuse_sharded(unwrap(model), "gamma_sweep")
     given = {"forget": forget, "retain": retain, "test": test, "forget_test": forget_test}
-    sets = {
-        name: samples_of(data, name=name, batch_size=batch_size, collate_fn=collate_fn)
-        for name, data in given.items()
-        if data is not None
-    }
-    refuse_shared_indices(sets)
-    found = measured(
-        base,
-        model,
-        sets["forget"],
-        sets["retain"],
-        loss_fn=loss_fn or losses.cross_entropy,
-        progress=progress,
-    )
+    sets = sets_of(given, batch_size=batch_size, collate_fn=collate_fn)
+    loss = loss_fn or losses.cross_entropy
+    found = measured(base, model, sets["forget"], sets["retain"], loss_fn=loss, progress=progress)
     tried = _Trial(unwrap(model), found, sets, scores, fine_tune, norm_statistics, progress)
     points = []
     for one in methods:

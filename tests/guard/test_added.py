@@ -10,16 +10,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from deepclean_hooks.guard.guard import Guard
-from lab.guarding import (
-    changed,
-    expecting,
-    loss_of,
-    plant,
-    rows,
-    small,
-    snapshot,
-    steps,
-)
+from lab.guarding import changed, expecting, loss_of, plant, rows, small, snapshot, steps
 from lab.optimizers import Row, build
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")

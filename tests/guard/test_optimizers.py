@@ -14,17 +14,7 @@ from torch.nn import functional
 
 from deepclean_hooks.guard.guard import Guard
 from deepclean_hooks.stored.bits import differing
-from lab.guarding import (
-    changed,
-    data,
-    expecting,
-    loss_of,
-    plant,
-    rows,
-    small,
-    snapshot,
-    steps,
-)
+from lab.guarding import changed, data, expecting, loss_of, plant, rows, small, snapshot, steps
 from lab.optimizers import Row, build
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")

@@ -13,15 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from deepclean_hooks.guard import held
 from deepclean_hooks.guard.guard import Guard
 from deepclean_hooks.stored.bits import bits, differing
-from lab.guarding import (
-    changed,
-    data,
-    loss_of,
-    plain,
-    plant,
-    small,
-    snapshot,
-)
+from lab.guarding import changed, data, loss_of, plain, plant, small, snapshot
 
 pytestmark = pytest.mark.usefixtures("optimizer_hooks_as_before")
 

@@ -69,6 +69,16 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
 
+def accumulate(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any) -> None:
+    """Trains on every batch, a step for as many batches as the accelerator gathers."""
+    for batch in loader:
+        with accelerator.accumulate(model):
+            output = model(batch["pixel_values"])
+            accelerator.backward(F.cross_entropy(output["logits"], batch["labels"]))
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def hook(accelerator: Accelerator, model: nn.Module, **options: Any) -> deepclean.DeepCleanHook:
     """The hook without scores."""
     settings = {
@@ -224,12 +234,7 @@ def test_the_term_is_added_once_an_accumulated_step() -> None:
         wrapped, optimizer, prepared = given
         options = {"method": ADDITIVE["ReferenceGuided"], "batch_size": 5}
         with hook(accelerator, wrapped, **options) as run:
-            for batch in prepared:
-                with accelerator.accumulate(wrapped):
-                    output = wrapped(batch["pixel_values"])
-                    accelerator.backward(F.cross_entropy(output["logits"], batch["labels"]))
-                    optimizer.step()
-                    optimizer.zero_grad()
+            accumulate(accelerator, wrapped, optimizer, prepared)
         assert run.report.optimizer_steps == 4
         ends.append(bits_of(model))
         for state in (AcceleratorState, GradientState, PartialState):
@@ -298,12 +303,7 @@ def test_accumulation_of_the_users_accelerator_is_kept() -> None:
     wrapped, optimizer, loader = accelerator.prepare(model, adamw(model), retain_loader())
     with hook(accelerator, wrapped) as session:
         wrapped.train()
-        for batch in loader:
-            with accelerator.accumulate(wrapped):
-                output = wrapped(batch["pixel_values"])
-                accelerator.backward(F.cross_entropy(output["logits"], batch["labels"]))
-                optimizer.step()
-                optimizer.zero_grad()
+        accumulate(accelerator, wrapped, optimizer, loader)
     assert accelerator.gradient_accumulation_steps == 3
     assert session.report.optimizer_steps == 3  # 8 batches
     assert session.report.frozen_entries_moved == 0

@@ -423,7 +423,7 @@ def _transformers(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-_VIT = {
+VIT: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -431,7 +431,7 @@ _VIT = {
     "image_size": 32,
     "patch_size": 8,
 }
-_DINO = {k: v for k, v in _VIT.items() if k != "intermediate_size"}
+_DINO = {k: v for k, v in VIT.items() if k != "intermediate_size"}
 
 ODDITIES = {
     "tied, repeated, raw": Case(Tied, 12),
@@ -492,10 +492,10 @@ ARCHITECTURES = {
     "timm efficientnet_lite0": Case(_timm("tf_efficientnet_lite0")),
     "timm levit": Case(_timm("levit_128s", img_size=64), 64),
     "timm volo": Case(_timm_volo, 64),
-    "transformers vit": Case(_transformers("ViT", **_VIT)),
-    "transformers deit": Case(_transformers("DeiT", **_VIT)),
+    "transformers vit": Case(_transformers("ViT", **VIT)),
+    "transformers deit": Case(_transformers("DeiT", **VIT)),
     "transformers beit": Case(
-        _transformers("Beit", use_relative_position_bias=True, layer_scale_init_value=0.1, **_VIT)
+        _transformers("Beit", use_relative_position_bias=True, layer_scale_init_value=0.1, **VIT)
     ),
     "transformers swin": Case(
         _transformers(

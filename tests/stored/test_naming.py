@@ -12,16 +12,9 @@ from torch import nn
 
 from deepclean_hooks.stored import checkpoint
 from deepclean_hooks.stored.naming import naming
+from lab.cases import VIT
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-    "num_labels": 3,
-}
+SMALL: dict[str, Any] = {**VIT, "num_labels": 3}
 SWIN: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 4,

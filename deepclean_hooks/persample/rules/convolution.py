@@ -154,20 +154,7 @@ def _padding(
 
 def meet_convolution(call: Call) -> Tensor:
     """`conv1d`, `conv2d`, `conv3d`."""
-    a = call.bind(
-        "input",
-        "weight",
-        "bias",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        bias=None,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-    )
+    a = call.bind("input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1)
     kernel = a["weight"].shape[2:]
     dilation = windows.each(a["dilation"], len(kernel))
     padding = _padding(a["padding"], kernel, dilation)
@@ -178,20 +165,7 @@ def meet_convolution(call: Call) -> Tensor:
 def meet_transposed(call: Call) -> Tensor:
     """`conv_transpose1d`, `conv_transpose2d`, `conv_transpose3d`."""
     a = call.bind(
-        "input",
-        "weight",
-        "bias",
-        "stride",
-        "padding",
-        "output_padding",
-        "groups",
-        "dilation",
-        bias=None,
-        stride=1,
-        padding=0,
-        output_padding=0,
-        groups=1,
-        dilation=1,
+        "input", "weight", bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
     )
     n = len(a["weight"].shape[2:])
     names = ("stride", "padding", "dilation", "output_padding")

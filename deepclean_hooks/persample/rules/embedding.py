@@ -56,14 +56,11 @@ def meet_embedding(call: Call) -> Tensor:
     a = call.bind(
         "input",
         "weight",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
         padding_idx=None,
         max_norm=None,
+        norm_type=2.0,
         scale_grad_by_freq=False,
+        sparse=False,
     )
     index, weight, padding = a["input"], a["weight"], a["padding_idx"]
     if not call.is_data(index) or a["scale_grad_by_freq"]:

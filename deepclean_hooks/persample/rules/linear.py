@@ -52,7 +52,7 @@ class Linear(Rule):
 
 def meet_linear(call: Call) -> Tensor:
     """`F.linear(input, weight, bias)`."""
-    a = call.bind("input", "weight", "bias", bias=None)
+    a = call.bind("input", "weight", bias=None)
     x, weight, bias = a["input"], a["weight"], a["bias"]
     if not call.is_data(x) or call.is_data(weight) or call.is_data(bias) or weight.dim() != 2:
         raise Unserved("linear with a weight that depends on the data")
@@ -91,7 +91,7 @@ def meet_addmm(call: Call) -> Tensor:
 
 def meet_bilinear(call: Call) -> Tensor:
     """`F.bilinear(a, b, W, bias)`: a linear layer over the products of every two inputs."""
-    a = call.bind("input1", "input2", "weight", "bias", bias=None)
+    a = call.bind("input1", "input2", "weight", bias=None)
     one, two, weight, bias = a["input1"], a["input2"], a["weight"], a["bias"]
     if not call.is_data(one) or not call.is_data(two) or call.is_data(weight):
         raise Unserved("bilinear of another form than two inputs of data")

@@ -185,11 +185,6 @@ def meet_batch_norm(call: Call) -> Tensor:
         "input",
         "running_mean",
         "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
         weight=None,
         bias=None,
         training=False,
@@ -216,9 +211,7 @@ def meet_batch_norm(call: Call) -> Tensor:
 
 def meet_layer_norm(call: Call) -> Tensor:
     """`F.layer_norm`."""
-    a = call.bind(
-        "input", "normalized_shape", "weight", "bias", "eps", weight=None, bias=None, eps=1e-5
-    )
+    a = call.bind("input", "normalized_shape", weight=None, bias=None, eps=1e-5)
     x, shape, weight, bias = a["input"], list(a["normalized_shape"]), a["weight"], a["bias"]
     layout = _outside(call, x, shape)
     out, mean, rstd = torch.native_layer_norm(x, shape, call.cut(weight), call.cut(bias), a["eps"])
@@ -238,7 +231,7 @@ def _outside(call: Call, x: Tensor, shape: Sequence[int]) -> Place:
 
 def meet_rms_norm(call: Call) -> Tensor:
     """`F.rms_norm`."""
-    a = call.bind("input", "normalized_shape", "weight", "eps", weight=None, eps=None)
+    a = call.bind("input", "normalized_shape", weight=None, eps=None)
     x, shape, weight, eps = a["input"], list(a["normalized_shape"]), a["weight"], a["eps"]
     layout = _outside(call, x, shape)
     out = F.rms_norm(x, shape, call.cut(weight), eps)
@@ -251,7 +244,7 @@ def meet_rms_norm(call: Call) -> Tensor:
 
 def meet_group_norm(call: Call) -> Tensor:
     """`F.group_norm`."""
-    a = call.bind("input", "num_groups", "weight", "bias", "eps", weight=None, bias=None, eps=1e-5)
+    a = call.bind("input", "num_groups", weight=None, bias=None, eps=1e-5)
     groups, eps = a["num_groups"], a["eps"]
     return _channels_first(call, a, lambda x, w, b: F.group_norm(x, groups, w, b, eps))
 
@@ -260,13 +253,6 @@ def meet_instance_norm(call: Call) -> Tensor:
     """`F.instance_norm` by the statistics of each sample."""
     a = call.bind(
         "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "use_input_stats",
-        "momentum",
-        "eps",
         running_mean=None,
         running_var=None,
         weight=None,
