@@ -279,7 +279,9 @@ class ShardedSquaredGradients(SquaredGradients):
         return False  # samples are not told apart in the backward on several ranks
 
     def _loop(self, batch: Batch, counted: int, looped: Mapping[str, Tensor], sums: Sums) -> None:
-        for group in probe.groups(looped, self._group_bytes()):
+        # In one order on all ranks: each learned of the loop's parameters in an order of its own.
+        alike = {name: looped[name] for name in sorted(looped)}
+        for group in probe.groups(alike, self._group_bytes()):
             found = self._one_by_one(group, batch, counted)
             for name, squares in found.items():
                 sums.add(name, squares)
