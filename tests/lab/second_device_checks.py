@@ -16,6 +16,7 @@ import deepclean_hooks as deepclean
 from deepclean_hooks import testing
 from deepclean_hooks.methods import teachers
 from deepclean_hooks.metrics import pools, relearn
+from deepclean_hooks.trial_problem import Net
 from lab import second_device
 from lab.cases import CASES
 from lab.reference import relative_error, squared_gradients
@@ -216,9 +217,9 @@ def test_evaluation() -> None:
 def test_built_network_comes_to_the_device() -> None:
     """Fails if `Retrain(build=...)` leaves what a user's function builds on the CPU."""
     model = network()
-    anew = teachers.fresh(model, seed=0, build=testing._Net)
+    anew = teachers.fresh(model, seed=0, build=Net)
     assert {p.device.type for p in anew.parameters()} == {second_device.NAME}
-    method = deepclean.Retrain(build=testing._Net)
+    method = deepclean.Retrain(build=Net)
     deepclean.unlearn(model, FORGET, RETAIN, method=method, epochs=1, scores=False, **OPTIONS)
 
 
