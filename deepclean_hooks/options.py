@@ -19,9 +19,10 @@ class Options(TypedDict, total=False):
     loss_fn: LossFn | None
     """Maps (model, batch) to one negative log-likelihood per sample, (N,): cross-entropy."""
 
-    norm_statistics: NormStatistics
-    """What your loop does to running statistics of normalisation layers: "update" (the default: it
-    refreshes them from the retain data) or "freeze" (they keep their bits, in eval mode)."""
+    norm_statistics: NormStatistics | None
+    """What your loop does to running statistics of normalisation layers: "update" (it refreshes
+    them from the retain data) or "freeze" (they keep their bits, in eval mode). By default "freeze"
+    where less than 2 % of the weights may train, else "update"."""
 
     test: Data | None
     """Data of all classes that neither the model nor the loop was trained on, to be scored on."""

@@ -17,7 +17,7 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data import losses
 from deepclean_hooks.data.samples import Data, Samples, refuse_shared_indices, samples_of
 from deepclean_hooks.guard.guard import Guard, NormStatistics, require_holdable
-from deepclean_hooks.guard.norm_statistics import require_choice
+from deepclean_hooks.guard.norm_statistics import by_share, require_choice
 from deepclean_hooks.measure import dead
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Measured, measured, require_of_use
@@ -65,8 +65,10 @@ class Session(Standing):
         require_known(options, "Session")
         if not isinstance(method, Method):
             raise TypeError(f"method must be a method such as DeepClean(gamma=2.0), got {method!r}")
-        norm_statistics: NormStatistics = options.get("norm_statistics") or "update"
+        wanted = options.get("norm_statistics")
+        norm_statistics: NormStatistics = "update" if wanted is None else wanted
         require_choice(norm_statistics)
+        self._by_share = wanted is None
         inner = unwrap(model)
         fsdp.reshard(inner)
         require_trainable(inner)
@@ -148,15 +150,20 @@ class Session(Standing):
         ranks.require_agreement("the selection", bits.digest(masks.pack(selection.masks)))
         layers = layers_of(self._trainable(), selection.masks, free, selection.held_back_by_layer)
         total = sum(layer.selected for layer in layers)
+        may_change = sum(layer.may_change for layer in layers)
+        trainable = sum(p.numel() for p in self._trainable().values())
+        if self._by_share:
+            self.norm_statistics = by_share(may_change / trainable)
         self._account.report = replace(
             self.report,
+            norm_statistics=self.norm_statistics,
             layers=layers,
             criterion=selection.criterion,
             effect=self.method.effect,
-            may_change_entries=sum(layer.may_change for layer in layers),
+            may_change_entries=may_change,
             candidate_entries=selection.candidates,
             selected_entries=total,
-            selected_fraction=total / sum(p.numel() for p in self._trainable().values()),
+            selected_fraction=total / trainable,
             held_back_entries=selection.held_back,
         )
         # What the user asked for by a number is told in the report; that nothing happens, at once.

@@ -8,8 +8,11 @@ import io
 import pytest
 import torch
 from torch import nn, optim
+from torch.utils.data import Subset, TensorDataset
 
+from deepclean_hooks import DeepClean, Session
 from deepclean_hooks.guard.guard import Guard, GuardError
+from deepclean_hooks.options import Options
 from lab.guarding import (
     data,
 )
@@ -77,3 +80,18 @@ def test_copies_of_a_frozen_norm_are_free() -> None:
             assert other[1].num_batches_tracked == 1
         model(data()[0])
         assert model[1].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(("parameters", "expected"), [("3.bias", "freeze"), ("*", "update")])
+def test_default_follows_how_much_may_train(parameters: str, expected: str) -> None:
+    """Fails if a handful of free weights lets the loop move the statistics of the whole network."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
+    samples = TensorDataset(torch.randn(40, 20), torch.arange(40) % 3)
+    method = DeepClean(gamma=1e-6, one_dimensional=True, parameters=parameters)
+    for given in (None, "update"):
+        options: Options = {"scores": False, "progress": False, "norm_statistics": given}
+        run = Session(model, method, **options).measure(
+            Subset(samples, range(20)), Subset(samples, range(20, 40))
+        )
+        assert run.select().norm_statistics == (expected if given is None else given)
