@@ -23,6 +23,7 @@ from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Measured, measured, require_of_use
 from deepclean_hooks.measure.usable import require_usable
 from deepclean_hooks.methods.method import Mask, Method
+from deepclean_hooks.metrics.evaluate import several
 from deepclean_hooks.metrics.evaluation import Evaluation
 from deepclean_hooks.metrics.forgetting import Forgetting, forgetting
 from deepclean_hooks.metrics.scoring import require_comparable, scored
@@ -76,6 +77,7 @@ class Session(Standing):
         require_holdable(inner)
         self.loss_fn: losses.LossFn = options.get("loss_fn") or losses.cross_entropy
         self.gold, self.progress = options.get("gold"), options.get("progress", True)
+        several(self.gold)
         self.scores, self.dead_count = options.get("scores", True), options.get("dead_count", True)
         self._reading: dict[str, Any] = {
             "batch_size": options.get("batch_size"),
@@ -135,6 +137,7 @@ class Session(Standing):
             measurement={"forget": found.forget.settings, "retain": found.retain.settings},
         )
         self._account.warn(findings.of_duplicates(found))
+        self._account.note(findings.of_repeats(found))
         self._account.note(findings.of_changing_samples(found))  # warned of while measuring
         self._enter(WasMeasured(found, trials))
         return self

@@ -152,13 +152,19 @@ class Unlearning(AbstractContextManager[Session]):
         resume: Mapping[str, Any] | None,
         optimizers: tuple[Any, ...],
     ) -> None:
-        self._run, self._forget, self._retain = run, forget, retain
+        self._run: LoopRun | None = run
+        self._forget, self._retain = forget, retain
         self._resume, self._optimizers = resume, optimizers
         self._entered = False
 
     def __enter__(self) -> Session:
         self._entered = True
         run = self._run
+        if run is None:
+            raise RuntimeError(
+                "start() was called already; call finish() of the run that it returned, and "
+                "unlearning(...) again for another run"
+            )
         try:
             run.walk_to_guard(self._forget, self._retain, self._resume, self._optimizers)
         except BaseException:
@@ -172,17 +178,20 @@ class Unlearning(AbstractContextManager[Session]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        run = self._run
+        assert run is not None  # it was entered
         try:
             if kind is None:
-                self._run.finish()
+                run.finish()
         finally:
-            self._run.close()
+            run.close()
 
     def start(self) -> Session:
         """As entering the block; call `finish()` of what this returns after the loop, or `close()`
         to leave it. A run that is dropped, or alive when Python ends, warns and lets go."""
         self.__enter__()
-        run, self._run = self._run, None  # type: ignore[assignment]  # or this would keep it alive
+        run, self._run = self._run, None  # or this would keep it alive
+        assert run is not None  # it was entered
         run.expect_finish()
         return run
 

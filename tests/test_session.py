@@ -405,6 +405,9 @@ def test_bad_settings_are_refused_at_once() -> None:
         deepclean.Session(network(), "deepclean")
     with pytest.raises(ValueError, match="norm_statistics must be one of"):
         session(network(), norm_statistics="frozen")
+    for scores in (True, False):
+        with pytest.raises(TypeError, match=r"gold must be a model, .* got 'gold\.pt'; load"):
+            session(network(), gold="gold.pt", scores=scores)
     with pytest.raises(ValueError, match="no trainable parameter"):
         session(network().requires_grad_(False))
 

@@ -8,11 +8,13 @@ from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
 )
 
@@ -67,6 +69,29 @@ def as_index(value: Any) -> Index:
         return operator.index(value)
     except TypeError:
         return value
+
+
+def inside(subset: Subset[Any], positions: Iterable[Index]) -> list[Index]:
+    """The indices into a Subset's data set that stand at these positions; from the end no more."""
+    whole: Any = subset.dataset
+    found = [as_index(subset.indices[i]) for i in positions]
+    if not hasattr(whole, "__len__"):
+        return found
+    count = len(whole)
+    return [i + count if isinstance(i, int) and -count <= i < 0 else i for i in found]
+
+
+def require_no_mask(dataset: Any, name: str) -> None:
+    """Raises ValueError for a Subset whose indices are booleans, which it takes for 0 and 1."""
+    while isinstance(dataset, Subset):
+        first = next(iter(dataset.indices), None)
+        if isinstance(first, bool | np.bool_) or getattr(first, "dtype", None) == torch.bool:
+            raise ValueError(
+                f"{name} is a Subset whose indices are a mask of booleans, which stand for the "
+                "samples 0 and 1; pass their positions: "
+                "Subset(dataset, [i for i, chosen in enumerate(mask) if chosen])"
+            )
+        dataset = dataset.dataset
 
 
 def _innermost(loader: DataLoader[Any]) -> tuple[Any, bool]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from deepclean_hooks import ranks
@@ -151,9 +153,11 @@ def samples_of(
         return data
     if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+    _refuse_lookalikes(data, name)
     read = loaders.opened(data)
     if read is not None:
         inner: Any = read.loader.dataset
+        indices.require_no_mask(inner, name)
         if not isinstance(inner, IterableDataset) and not hasattr(inner, "__getitem__"):
             raise TypeError(
                 f"{name} is a DataLoader around a {type(inner).__name__}, which has no samples to "
@@ -169,6 +173,7 @@ def samples_of(
         )
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         _require_some(len(data), name)
+        indices.require_no_mask(data, name)
         _require_positions(data, name)
         size = batch_size or DEFAULT_BATCH_SIZE
         return Samples(data, tuple(range(len(data))), size, collate_fn)
@@ -301,6 +306,21 @@ def _require_some(count: int, name: str) -> None:
         raise ValueError(f"{name} is empty: it has 0 samples; check how the subset was made")
 
 
+def _refuse_lookalikes(data: Any, name: str) -> None:
+    """Raises TypeError for what has a length and entries, and is no data set."""
+    if isinstance(data, str | bytes | os.PathLike):
+        raise TypeError(
+            f"{name} is the text or path {data!r}; pass the data set that it stands for, or, as "
+            "retain=, a stored measurement: FisherDiagonal.load(path)"
+        )
+    tensors = isinstance(data, tuple | list) and all(isinstance(each, Tensor) for each in data)
+    if tensors and len(data) == 2 and {each.dim() for each in data} != {0}:
+        raise TypeError(
+            f"{name} is a {type(data).__name__} of two tensors, not of samples; if they are the "
+            f"inputs and their labels, pass TensorDataset(*{name})"
+        )
+
+
 def _require_positions(data: Any, name: str) -> None:
     with random_state.kept():
         try:
@@ -319,7 +339,7 @@ def origin(source: Samples) -> tuple[int, set[indices.Index]] | None:
         return None
     dataset, inside = source.dataset, list(source.indices)
     while isinstance(dataset, Subset):
-        inside = [indices.as_index(dataset.indices[i]) for i in inside]
+        inside = indices.inside(dataset, inside)
         dataset = dataset.dataset
     return id(dataset), set(inside)
 

@@ -76,6 +76,12 @@ def remarks(
             f"{_counted(unreached, reset)} without a gradient at every step, and stay as the reset "
             "left them: requires_grad is False, or the loss does not reach them"
         )
+    if len(still) == len(wanted) and not said:
+        said.append(
+            f"{_counted(list(still), reset)} as the reset left them after {seen} optimizer steps: "
+            "none moved by a bit; check the learning rate (0, or a warm-up that has not begun) and "
+            "that the steps were made (GradScaler skips those with infinite gradients)"
+        )
     return said
 
 

@@ -259,8 +259,9 @@ class Guard:
             problems.append(
                 "something wrote to them outside the steps that were seen: an optimizer whose "
                 "`step` is set on the instance (pass it as Guard(..., optimizers=[optimizer])), "
-                "load_state_dict() or another write in place; after writing an average of the "
-                "weights, which rounds them, call hold()"
+                "gradients of torch.autograd.grad(), which no hook can mask, load_state_dict() or "
+                "another write in place; after writing the weights by hand, or an average of them, "
+                "which rounds, call hold()"
             )
         if problems:
             raise GuardError("; ".join(problems))

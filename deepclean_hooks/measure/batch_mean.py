@@ -25,6 +25,7 @@ from deepclean_hooks.measure.estimator import Estimator, rebatched
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.measure.request import Request, all_samples
 from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.gradients import gradients
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """Maps (model, batch) to a scalar."""
@@ -91,8 +92,7 @@ class _BatchGradients(Estimator):
 
 
 def _gradients(value: Tensor, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-    for name, gradient in zip(wanted, found, strict=True):
+    for name, gradient in zip(wanted, gradients(value, list(wanted.values())), strict=True):
         if gradient is not None:
             if not torch.isfinite(gradient.sum()):
                 raise ValueError(

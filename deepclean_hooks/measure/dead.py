@@ -17,6 +17,7 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.gradients import gradients
 from deepclean_hooks.persample.plan import leaves
 from deepclean_hooks.persample.planner import DEFAULT_MEMORY_BUDGET
 from deepclean_hooks.persample.probe import groups
@@ -129,6 +130,5 @@ class _Search:
 def _gradients(
     loss: Tensor, parameters: Mapping[str, Tensor], beside: Sequence[Tensor] = ()
 ) -> dict[str, Tensor]:
-    found = torch.autograd.grad(loss, [*parameters.values(), *beside], allow_unused=True)
-    named = zip(parameters, found, strict=False)
+    named = zip(parameters, gradients(loss, [*parameters.values(), *beside]), strict=False)
     return {name: gradient for name, gradient in named if gradient is not None}

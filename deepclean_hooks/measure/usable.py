@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import torch
 from torch import Tensor, nn
 
 from deepclean_hooks import ranks
@@ -13,6 +12,7 @@ from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.data.samples import Samples
 from deepclean_hooks.data.walk import walk, walk_together
 from deepclean_hooks.model import no_trace
+from deepclean_hooks.model.gradients import gradients
 from deepclean_hooks.ranks import fsdp
 
 
@@ -58,7 +58,6 @@ def _loss(model: nn.Module, batch: Batch, loss_fn: LossFn) -> Tensor:
 
 def _require_gradients(model: nn.Module, loss: Tensor) -> None:
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    for name, gradient in zip(weights, gradients, strict=True):
+    for name, gradient in zip(weights, gradients(loss, list(weights.values())), strict=True):
         if gradient is not None and bool(gradient.isnan().any()):
             raise Unusable(f"the gradient of {name}")

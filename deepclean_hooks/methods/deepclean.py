@@ -34,7 +34,7 @@ from deepclean_hooks.methods.selecting import (
     nothing,
     rounding_noise,
 )
-from deepclean_hooks.methods.settings import is_number, require_shares
+from deepclean_hooks.methods.settings import is_positive, require_shares
 from deepclean_hooks.ranks import shards
 
 CAREFUL_GAMMA = 2.0  # the paper's for a class
@@ -85,14 +85,19 @@ class DeepClean(Method):
 
     def __post_init__(self) -> None:
         """Raises ValueError unless gamma is a positive number or one of its words, and
-        max_selected a share."""
-        gamma = self.gamma
+        max_selected a share; TypeError for `parameters` of another kind."""
+        gamma, patterns = self.gamma, self.parameters
+        listed = isinstance(patterns, tuple | list) and all(isinstance(p, str) for p in patterns)
+        if not (patterns is None or isinstance(patterns, str) or callable(patterns) or listed):
+            raise TypeError(
+                "parameters must be a name pattern such as 'layer4.*', several, or a predicate of "
+                f"(name, parameter), got {patterns!r}"
+            )
         if self.max_selected is not None:
             require_shares(max_selected=self.max_selected)
         if gamma == "auto":
             return
-        known = gamma == "careful" or (is_number(gamma) and math.isfinite(gamma) and gamma > 0)
-        if not known:
+        if gamma != "careful" and not is_positive(gamma):
             raise ValueError(
                 f'gamma must be a positive number, "careful" or "auto", got {gamma!r}; the paper '
                 "uses 2.0 for a class and 1.1 for random samples"
@@ -160,7 +165,8 @@ class DeepClean(Method):
         common = classes.shared(forget.settings.get("classes"), retain.settings.get("classes"))
         if self.gamma != "careful":
             found = self._limited(forget, forget, retain, self.max_selected)
-            return dataclasses.replace(found, advice=_of_chance(forget, common, found))
+            advice = found.advice or _of_chance(forget, common, found)
+            return dataclasses.replace(found, advice=advice)
         share = CAREFUL_SHARE if self.max_selected is None else self.max_selected
         if common == []:
             return self._limited(forget, forget, retain, share)
@@ -182,7 +188,8 @@ class DeepClean(Method):
             found = self._limited(forget.of_lowest(), forget, retain, share)
             criterion = f"{found.criterion}, in each of {forget.parts} parts of D_f"
             found = dataclasses.replace(found, criterion=criterion)
-        return dataclasses.replace(found, advice=_of_chance(forget, common, found))
+        advice = found.advice or _of_chance(forget, common, found)
+        return dataclasses.replace(found, advice=advice)
 
     def _limited(
         self, compared: Measurement, forget: Measurement, retain: Measurement, share: float | None
@@ -198,7 +205,8 @@ class DeepClean(Method):
         least = _least_gamma(compared, forget, retain, self.number, most)
         raised = _selected(compared, forget, retain, least)
         why = f"raised from {self.number:g} to select at most {share:.3g} of them"
-        return dataclasses.replace(raised, criterion=f"{raised.criterion}, {why}")
+        advice = "" if raised.entries() else _of_limit(share, literal)
+        return dataclasses.replace(raised, criterion=f"{raised.criterion}, {why}", advice=advice)
 
     def new_values(
         self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
@@ -215,6 +223,15 @@ def _selected(
     compared: Measurement, forget: Measurement, retain: Measurement, gamma: float
 ) -> Selection:
     return above_noise(exceeds(compared, retain, gamma), forget, f"I_Df > {gamma:g} * I_Dr")
+
+
+def _of_limit(share: float, literal: Selection) -> str:
+    """What to say where a limit leaves nothing of a selection."""
+    return (
+        f"nothing was selected: gamma takes {literal.entries()} entries, and max_selected={share!r}"
+        f" of {literal.candidates} allows {math.floor(share * literal.candidates)}, or fewer than "
+        "have the same ratio; raise max_selected"
+    )
 
 
 def _of_chance(forget: Measurement, common: list[str] | None, found: Selection) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from typing import TypeGuard
 
 
 def require_positive(**numbers: float) -> None:
     """Raises ValueError, naming it, for one that is no positive finite number."""
     for name, value in numbers.items():
-        if not is_number(value) or not math.isfinite(value) or value <= 0:
+        if not is_positive(value):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
@@ -19,6 +20,12 @@ def require_shares(**shares: float) -> None:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
-def is_number(value: object) -> bool:
+def is_positive(value: object) -> bool:
+    """Whether a value is a number above 0 that a float can hold."""
+    # The comparison: float() of an int above the largest float raises OverflowError.
+    return is_number(value) and 0 < value <= sys.float_info.max
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is an int or a float; a bool is neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)

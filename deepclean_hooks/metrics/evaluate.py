@@ -96,7 +96,8 @@ def several(gold: Gold | None) -> list[nn.Module | Evaluation]:
     for each in several:
         if not isinstance(each, nn.Module | Evaluation):
             raise TypeError(
-                f"gold must be a model, an Evaluation or several of these, got {each!r}"
+                f"gold must be a model, an Evaluation or several of these, got {each!r}; load a "
+                "stored model first, and pass the module"
             )
     return several
 

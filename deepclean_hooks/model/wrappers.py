@@ -21,8 +21,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The innermost module, whose `named_parameters` names are the names used everywhere here.
 
     Raises TypeError for what is no module, ValueError for FSDP1 and DeepSpeed, under which no entry
-    can be named or held, and for what is no model of this process: exported, offloaded, or spread
-    over devices.
+    can be named or held, and for what is no model of this process: exported, offloaded, spread
+    over devices, or not made yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -33,6 +33,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         for kind in type(module).__mro__:
             if kind.__name__ in _REFUSED:
                 raise ValueError(f"{kind.__name__} {_REFUSED[kind.__name__]}")
+    _require_made(model)
     _require_one_place(model)
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -43,6 +44,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _require_made(model: nn.Module) -> None:
+    lazy = [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"{len(lazy)} parameters have no shape yet, for instance {lazy[:3]}: a lazy layer "
+            "makes them in its first forward pass; call the model on a batch, and train it, before"
+        )
 
 
 def _require_one_place(model: nn.Module) -> None:

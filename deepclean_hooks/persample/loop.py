@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
+from deepclean_hooks.model.gradients import gradients
 
 
 def squared_gradients(
@@ -35,11 +36,9 @@ def squared_gradients(
             break  # no parameter reaches the loss: every gradient is 0
         # retain_graph: a model may keep a derived tensor, and its graph, from one forward to the
         # next (LeViT).
-        gradients = torch.autograd.grad(
-            loss, [*parameters.values(), *beside(loss)], allow_unused=True, retain_graph=True
-        )
-        for name, gradient in zip(parameters, gradients, strict=False):
+        each = gradients(loss, [*parameters.values(), *beside(loss)], retain_graph=True)
+        for name, gradient in zip(parameters, each, strict=False):
             if gradient is not None and (counted is None or i < counted):
                 total[name].addcmul_(gradient, gradient)
-        del gradient, gradients  # not held while the next ones are made
+        del gradient, each  # not held while the next ones are made
     return total

@@ -16,6 +16,7 @@ from deepclean_hooks.stored import bits
 
 # Samples, and per cent: of few samples any may be missed, and of a bad model nothing follows.
 _ENOUGH, _GOOD, _NONE = 8, 50.0, 0.1
+_REPEATED = 0.01  # of a set: a few duplicates are in many data sets
 
 
 def of_duplicates(found: Measured) -> str:
@@ -25,6 +26,21 @@ def of_duplicates(found: Measured) -> str:
     return (
         f"{found.shared} of the {len(found.forget.samples)} forget samples stand in the retain set "
         "with the same content (duplicates in the data): what they taught will not be forgotten"
+    )
+
+
+def of_repeats(found: Measured) -> str:
+    """Sets in which samples stand more than once, and weigh as often."""
+    told = []
+    for name, measurement in {"forget": found.forget, "retain": found.retain}.items():
+        count, distinct = len(measurement.samples), len(set(measurement.samples.tolist()))
+        if count - distinct > _REPEATED * count:
+            told.append(f"{name} holds {count} samples, of which {distinct} are distinct")
+    if not told:
+        return ""
+    return (
+        f"{' and '.join(told)}: a sample that is repeated (an index twice in a Subset, a collate "
+        "function that doubles) weighs as often in the measurement; show each once"
     )
 
 

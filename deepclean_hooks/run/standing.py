@@ -18,6 +18,7 @@ from deepclean_hooks.report.report import Report
 from deepclean_hooks.run.account import Account
 from deepclean_hooks.run.phases import (
     Closed,
+    Failed,
     Finished,
     Guarded,
     New,
@@ -142,6 +143,11 @@ class Standing:
     # ------------------------------------------------------------------ inside
 
     def _expect(self, phase: type[P], call: str) -> P:
+        if isinstance(self._at, Failed):
+            raise RuntimeError(
+                f"{call}() needs a session that is {phase.name!r}; the finish() of this one has "
+                "raised, which stands: load the original weights and begin anew in a new Session"
+            )
         if not isinstance(self._at, phase):
             raise RuntimeError(
                 f"{call}() needs a session that is {phase.name!r}, this one is {self._phase!r}; "

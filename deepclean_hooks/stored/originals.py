@@ -33,9 +33,12 @@ class Originals:
         return {name: old.numel() for name, old in self._old.items()}
 
     def back(self, now: Mapping[str, Tensor]) -> dict[str, int]:
-        """How many of them hold their old bits again; 0 where a tensor has another form now."""
+        """How many of them hold their old bits again; none where a tensor has another form
+        now, or is gone."""
         found: dict[str, int] = {}
         for name, old in self._old.items():
+            if name not in now:  # pruned, parametrized: the guard says so
+                continue
             here = shards.local(now[name])
             changed = self._changed[name]
             if here.shape == changed.shape and bits(here).dtype == old.dtype:

@@ -4,6 +4,8 @@ import itertools
 import random
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,3 +389,42 @@ def test_a_session_walks_a_stream_as_often_as_it_needs() -> None:
         forget = DataLoader(Subset(Doubles(), range(8)), 4)
         report = run.measure(forget, DataLoader(Rest(), 8, num_workers=2)).report
     assert (report.forget_samples, report.retain_samples) == (8, COUNT - 8)
+
+
+MASKS = {
+    "tensor": torch.arange(COUNT) < 8,
+    "numpy": np.arange(COUNT) < 8,
+    "list": [i < 8 for i in range(COUNT)],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_is_no_list_of_indices(kind: str) -> None:
+    """Fails if True and False are taken for the samples 1 and 0."""
+    masked: Any = Subset(data(), MASKS[kind])
+    for given in (masked, DataLoader(masked, 4), Subset(masked, [0, 1])):
+        with pytest.raises(ValueError, match="forget is a Subset whose indices are a mask"):
+            samples_of(given, name="forget")
+
+
+@pytest.mark.parametrize("given", ["forget.txt", Path("d.safetensors"), b"forget"])
+def test_a_path_is_no_data_set(given: Any) -> None:
+    """Fails if a text passes for a list of samples, its letters."""
+    with pytest.raises(TypeError, match=r"forget is the text or path .*FisherDiagonal\.load"):
+        samples_of(given, name="forget")
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_inputs_and_labels_are_no_data_set(kind: Any) -> None:
+    """Fails if two tensors pass for two samples."""
+    with pytest.raises(TypeError, match=r"of two tensors.*pass TensorDataset\(\*forget\)"):
+        samples_of(kind((torch.randn(8, 12), torch.zeros(8))), name="forget")
+
+
+@pytest.mark.parametrize("again", [[-COUNT, 9, 10], torch.tensor([9, 1 - COUNT])])
+def test_indices_from_the_end_are_the_same_samples(again: Any) -> None:
+    """Fails if a sample that stands in both sets is missed where one counts from the end."""
+    whole = data()
+    run = Session(linear(), SSD(), progress=False)
+    with pytest.raises(ValueError, match="1 samples stand in both the forget and the retain set"):
+        run.measure(Subset(whole, range(8)), Subset(whole, again))

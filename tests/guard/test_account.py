@@ -155,6 +155,27 @@ def test_a_run_without_a_step_says_so(loop: Callable[[nn.Module], None]) -> None
         guard.account()
 
 
+def still(model: nn.Module) -> None:
+    train(model, optim.SGD(model.parameters(), lr=0.0))
+
+
+def skipped(model: nn.Module) -> None:
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    loss_of(model).mul(0).backward()  # what a schedule or a mask may leave of a loss
+    optimizer.step()
+
+
+@pytest.mark.parametrize("loop", [still, skipped])
+def test_steps_that_move_nothing_are_told(loop: Callable[[nn.Module], None]) -> None:
+    """Fails if a run whose learning rate or gradients are 0 ends as if it had trained."""
+    model = small()
+    free, counts = reset(model)
+    with Guard(model, free) as guard:
+        loop(model)
+        (said,) = guard.remarks(counts)
+    assert "none moved by a bit; check the learning rate" in said
+
+
 def test_weights_written_without_an_optimizer_are_told_apart() -> None:
     """Fails if an update by hand is taken for no update."""
     model = small()

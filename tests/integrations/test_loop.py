@@ -68,6 +68,15 @@ def test_start_and_finish_are_the_block(tmp_path: Path) -> None:
         assert (tmp_path / name / "report.txt").is_file()
 
 
+def test_a_run_starts_once() -> None:
+    """Fails if a second start() ends in an AttributeError."""
+    given = around(timm_network())
+    run = given.start()
+    with pytest.raises(RuntimeError, match=r"start\(\) was called already; call finish\(\)"):
+        given.start()
+    run.close()
+
+
 def test_a_run_that_is_dropped_lets_go_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """Fails if a forgotten `finish` leaves the model held, or nobody is told."""
     model = timm_network()

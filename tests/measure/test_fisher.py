@@ -5,6 +5,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,20 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from deepclean_hooks import SSD, FisherDiagonal, Session, fisher_diagonal, ranks
+from deepclean_hooks import (
+    SSD,
+    DeepClean,
+    FisherDiagonal,
+    Session,
+    fisher_diagonal,
+    ranks,
+    unlearning,
+)
 from deepclean_hooks.data import batches
 from deepclean_hooks.data.samples import samples_of
+from deepclean_hooks.measure.batch_mean import BatchMean
+from deepclean_hooks.measure.fisher import PerSampleFisher
+from deepclean_hooks.measure.request import Request
 from deepclean_hooks.model import no_trace
 from deepclean_hooks.ranks import collectives
 from lab import small
@@ -454,3 +466,47 @@ def test_augmenting_data_is_reported() -> None:
         found = fisher_diagonal(network(), Augmented(*samples().tensors))
     assert found.settings["samples_change"] is True
     assert fisher_diagonal(network(), samples()).settings["samples_change"] is False
+
+
+class Bag(nn.Module):
+    """Classes of the mean of a few rows of a table."""
+
+    def __init__(self, table: nn.Embedding | nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.table, self.head = table, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.table(x)
+        return self.head(rows if rows.dim() == 2 else rows.mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_measured(kind: Any) -> None:
+    """Fails if an embedding with sparse gradients cannot be measured, or gives other numbers."""
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))[:20]
+    words = TensorDataset(pairs, torch.arange(20) % 3)
+    torch.manual_seed(0)
+    dense = Bag(kind(6, 4))
+    sparse = Bag(kind(6, 4, sparse=True))
+    sparse.load_state_dict(dense.state_dict())
+    for estimator in (PerSampleFisher(), BatchMean(batch_size=4)):
+        wanted, found = (
+            estimator(Request(model, samples_of(words), progress=False))
+            for model in (dense, sparse)
+        )
+        for name, total in wanted.sums.items():
+            torch.testing.assert_close(found.sums[name], total)
+    with unlearning(
+        sparse,
+        forget=Subset(words, range(5)),
+        retain=Subset(words, range(5, 20)),
+        method=DeepClean(gamma=1.0),
+        scores=False,
+        progress=False,
+    ) as run:
+        optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
+        for x, y in DataLoader(words, 5):
+            F.cross_entropy(sparse(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert run.report.frozen_entries_moved == 0

@@ -51,7 +51,7 @@ def test_zeros_and_ties() -> None:
     assert mask.tolist() == [[False, True, False, True]]
 
 
-@pytest.mark.parametrize("gamma", [0, -1.0, float("nan"), float("inf"), "2", True])
+@pytest.mark.parametrize("gamma", [0, -1.0, float("nan"), float("inf"), "2", True, 10**400])
 def test_gamma_must_be_positive(gamma: object) -> None:
     """Fails if a meaningless threshold is taken, or the value is not named."""
     with pytest.raises(
@@ -60,7 +60,7 @@ def test_gamma_must_be_positive(gamma: object) -> None:
         DeepClean(gamma=gamma)
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan"), True, 10**400])
 def test_max_selected_must_be_a_share(share: float) -> None:
     """Fails if a meaningless cap is taken, or the value is not named."""
     with pytest.raises(ValueError, match="max_selected must be above 0 and at most 1, got"):
@@ -171,3 +171,19 @@ def test_new_values_are_zero() -> None:
     values = method.new_values(weights, method.select(forget, retain), forget, retain)
     assert not any(differing(v, torch.zeros_like(v)).any() for v in values.values())
     assert all(v.shape == weights[n].shape for n, v in values.items())
+
+
+@pytest.mark.parametrize("parameters", [3, ("*", 1), {"layer4": True}])
+def test_parameters_of_another_kind_are_refused(parameters: object) -> None:
+    """Fails if it comes out as Python's own error, in the middle of a measurement."""
+    with pytest.raises(TypeError, match=r"parameters must be a name pattern .* got"):
+        DeepClean(parameters=parameters)
+
+
+def test_a_limit_that_leaves_nothing_is_named() -> None:
+    """Fails if the advice is to lower gamma where max_selected is what selects nothing."""
+    method = DeepClean(gamma=1.0, max_selected=1e-9)
+    found = method.select(diagonal([3, 4, 5, 6]), diagonal([1, 1, 1, 1]))
+    assert found.entries() == 0
+    assert "gamma takes 4 entries" in found.advice
+    assert found.advice.endswith("raise max_selected")

@@ -50,7 +50,13 @@ def never_loaded() -> nn.Module:
     return network().to("meta")
 
 
+def lazy() -> nn.Module:
+    """A layer that takes its width from its first batch, before there was one."""
+    return nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 3))
+
+
 BAD = {
+    lazy: r"2 parameters have no shape yet, .*'0\.weight'.* call the model on a batch",
     exported: r"_StatefulGraphModule \(torch.export\) is a traced program",
     inside: "unlearn the module that it was exported from",
     offloaded: "4 parameters are on the meta device .* load it whole",

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils import weight_norm as weight_norm_by_hooks
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 import deepclean_hooks as deepclean
 from deepclean_hooks import DeepClean, GuardError, Session
@@ -562,3 +562,40 @@ def test_the_model_is_hashed_once_for_each_state(
     loop(model)
     run.finish()
     assert len(passes) == 3
+
+
+def pruned(model: nn.Module) -> None:
+    """As torch.nn.utils.prune leaves a layer: its weight has another name."""
+    prune.l1_unstructured(model[4], "weight", 0.3)
+
+
+def parametrized(model: nn.Module) -> None:
+    """As torch.nn.utils.parametrizations leave a layer."""
+    weight_norm(model[4])
+
+
+@pytest.mark.parametrize("change", [pruned, parametrized])
+def test_a_parameter_that_is_gone_is_named(change: Callable[[nn.Module], None]) -> None:
+    """Fails if `finish` ends in a KeyError where the loop took a parameter away, or if the phase
+    that follows does not say that the error stands."""
+    model = network()
+    run = session(model)
+    run.select()
+    run.reset().guard()
+    change(model)
+    with pytest.raises(GuardError, match=r"4\.weight.* replaced by other objects"):
+        run.finish()
+    with pytest.raises(RuntimeError, match="has raised, which stands: load the original weights"):
+        run.finish()
+
+
+@pytest.mark.parametrize("repeat", [lambda: Subset(FORGET, [0, 0, 1, 2, 3]), None])
+def test_repeated_samples_are_told(repeat: Callable[[], Dataset[Any]] | None) -> None:
+    """Fails if a sample that weighs twice in the measurement is not spoken of."""
+    forget: Any = repeat and repeat()
+    if forget is None:
+        forget = DataLoader(FORGET, 4, collate_fn=lambda part: default_collate([*part, *part]))
+    run = Session(network(), DeepClean(gamma=1.1), scores=False, progress=False)
+    report = run.measure(forget, RETAIN).report
+    assert any("forget holds" in said and "are distinct" in said for said in report.warnings)
+    assert not any("are distinct" in said for said in session(network()).report.warnings)
