@@ -1,5 +1,5 @@
 """What a GPU would show: the model on another kind of device than the data, stored files and gold
-models. Run by test_second_device.py in a process of its own."""
+models. Run by tests/persample/test_device.py in a process of its own."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import METHODS
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
@@ -19,6 +18,7 @@ from deepclean_hooks.metrics import pools, relearn
 from deepclean_hooks.trial_problem import Net
 from lab import second_device
 from lab.cases import CASES
+from lab.methods import METHODS
 from lab.reference import relative_error, squared_gradients
 
 second_device.start()
