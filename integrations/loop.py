@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 
 from deepclean_hooks import ranks
 from deepclean_hooks.data.samples import Data
+from deepclean_hooks.guard.optimizers import require_readable
 from deepclean_hooks.integrations.beginning import begin, take_up
 from deepclean_hooks.integrations.run_output import leave_report, write_report
 from deepclean_hooks.measure.measurement import Measurement
@@ -84,6 +85,8 @@ class LoopRun(Session):
         optimizers: Iterable[Any],
     ) -> None:
         """All phases up to the guard."""
+        optimizers = tuple(optimizers)
+        require_readable(optimizers)
         if resume is not None:
             take_up(self, resume, forget, retain)
         else:

@@ -326,6 +326,22 @@ def test_resume_refuses_other_weights_and_other_methods() -> None:
     session(model).load_state_dict(stored)
 
 
+@pytest.mark.parametrize("part", ["free", "report", "added", "model", None])
+def test_resume_refuses_what_is_not_whole(part: str | None) -> None:
+    """Fails if a state without one of its parts, or a path, ends in Python's own error."""
+    model = network()
+    run = session(model).measure(FORGET, RETAIN)
+    run.select()
+    stored = run.reset().state_dict()
+    if part is None:
+        with pytest.raises(TypeError, match=r"a dict; got 'run\.pt'; read it first"):
+            session(model).load_state_dict("run.pt")
+    else:
+        del stored[part]
+        with pytest.raises(ValueError, match=f"the stored run lacks {part}, so it is not whole"):
+            session(model).load_state_dict(stored)
+
+
 def test_state_before_the_reset_is_refused() -> None:
     """Fails if a state without a mask can be stored."""
     with pytest.raises(RuntimeError, match="can be stored from the reset on"):

@@ -79,6 +79,8 @@ class Guard:
         _require_masks_fit(parameters, free)
         statistics.require_choice(norm_statistics)
         require_holdable(self._model)
+        optimizers = tuple(optimizers)
+        kinds.require_readable(optimizers)
         self._undo = contextlib.ExitStack()
         self._release = weakref.finalize(self, self._undo.close)
         _claim(parameters, self._undo)

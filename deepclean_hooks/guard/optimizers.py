@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -60,6 +60,20 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+def require_readable(optimizers: Iterable[Any]) -> None:
+    """Raises TypeError for what is no optimizer: without a `step` to follow, or without
+    `param_groups`, which say what it steps."""
+    for optimizer in map(unwrapped, optimizers):
+        lacks = [name for name in ("step", "param_groups") if not hasattr(optimizer, name)]
+        if lacks:
+            raise TypeError(
+                f"{type(optimizer).__name__} in optimizers= lacks {' and '.join(lacks)}, so what "
+                "it steps is not known; give it param_groups, such as [{'params': list(...)}], and "
+                "step(), or leave it out: frozen entries are then put back before every forward "
+                "pass"
+            )
+
+
 def layers(optimizer: Any) -> list[Any]:
     """The optimizer, then those it steps (Lookahead, SAM, schedule-free wrappers hold some)."""
     stacked = [optimizer]
@@ -103,7 +117,7 @@ def forget(optimizer: Any, parameters: Container[int]) -> None:
     if isinstance(optimizer, Adagrad):
         _restart_adagrad(optimizer, parameters)
         return
-    state = optimizer.state
+    state = getattr(optimizer, "state", {})  # one that remembers nothing may have none
     stepped = list(tensors_of(optimizer))
     # LBFGS keeps the history of all its parameters, ours among them, under the first one.
     one_history = "LBFGS" in type(optimizer).__name__

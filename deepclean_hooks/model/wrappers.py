@@ -34,6 +34,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             if kind.__name__ in _REFUSED:
                 raise ValueError(f"{kind.__name__} {_REFUSED[kind.__name__]}")
     _require_made(model)
+    _require_trackable(model)
     _require_one_place(model)
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):
@@ -52,6 +53,15 @@ def _require_made(model: nn.Module) -> None:
         raise ValueError(
             f"{len(lazy)} parameters have no shape yet, for instance {lazy[:3]}: a lazy layer "
             "makes them in its first forward pass; call the model on a batch, and train it, before"
+        )
+
+
+def _require_trackable(model: nn.Module) -> None:
+    made = [n for n, p in model.named_parameters() if p.is_inference()]
+    if made:
+        raise ValueError(
+            f"{len(made)} parameters were made under torch.inference_mode(), for instance "
+            f"{made[:3]}, and can have no gradient; make or load the model outside of it"
         )
 
 

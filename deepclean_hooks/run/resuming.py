@@ -14,6 +14,10 @@ from deepclean_hooks.run.phases import WasReset
 from deepclean_hooks.stored import bits, masks
 
 FORMAT = "deepclean-hooks session 2"
+_PARTS = (
+    *("method", "free", "frozen", "changed", "report", "term"),
+    *("steps", "added", "seconds", "model"),  # what changes as the loop goes on
+)
 
 
 def packed(at: WasReset, method: Method, report: Report) -> dict[str, Any]:
@@ -32,14 +36,26 @@ def packed(at: WasReset, method: Method, report: Report) -> dict[str, Any]:
 def method_of(state: Mapping[str, Any], method: Method) -> Method:
     """The method with the hyper-parameter that the stored run chose.
 
-    Raises ValueError for a state that is no run of this version and of this method.
+    Raises TypeError for what is no state, ValueError for a state that is no run of this version and
+    of this method, or lacks a part.
     """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            "a stored run is what run.state_dict() returned, a dict; got "
+            f"{state!r:.60}; read it first, such as by torch.load(path, weights_only=True)"
+        )
     if state.get("format") != FORMAT:
         raise ValueError(
             f"this is no stored run of this version (format {state.get('format')!r}, needed "
             f"{FORMAT!r}): earlier ones have no digest of the whole model, so weights that were "
             "never loaded could not be told; finish the run with the version that stored it, or "
             "begin anew from the original model"
+        )
+    missing = [part for part in _PARTS if part not in state]
+    if missing:
+        raise ValueError(
+            f"the stored run lacks {', '.join(missing)}, so it is not whole; store all of "
+            "run.state_dict(), or begin anew from the original model"
         )
     choice = state["report"].get("gamma_choice")
     if method.is_open and choice:

@@ -153,7 +153,25 @@ class PerTensor(Plain):
                 parameter.add_(parameter.grad.sign(), alpha=-0.01).add_(1e-3)
 
 
-@pytest.mark.parametrize("kind", [Plain, PerTensor])
+class Forgetful(Plain):
+    """Such an optimizer that remembers nothing, and has no state."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        del self.state
+
+
+@pytest.mark.parametrize("given", [object(), Forgetful([]).step, torch.optim.Optimizer])
+def test_what_is_no_optimizer_is_refused_before_the_reset(given: Any) -> None:
+    """Fails if it comes out as an AttributeError, from a model that is reset already."""
+    model = timm_network()
+    before = bits_of(model)
+    with pytest.raises(TypeError, match=r"\w+ in optimizers= lacks .*param_groups"):
+        around(model, optimizers=(given,)).start()
+    assert same_bits(before, bits_of(model))
+
+
+@pytest.mark.parametrize("kind", [Plain, PerTensor, Forgetful])
 def test_optimizers_that_are_not_torchs_are_held(kind: type[Plain]) -> None:
     """Fails if `optimizers=` does not put frozen entries back after the steps of an optimizer that
     torch's hooks do not see."""

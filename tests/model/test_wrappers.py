@@ -55,7 +55,14 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 3))
 
 
+def for_inference() -> nn.Module:
+    """Made where no gradient is ever asked for."""
+    with torch.inference_mode():
+        return network()
+
+
 BAD = {
+    for_inference: r"4 parameters were made under torch\.inference_mode\(\), .*'0\.weight'",
     lazy: r"2 parameters have no shape yet, .*'0\.weight'.* call the model on a batch",
     exported: r"_StatefulGraphModule \(torch.export\) is a traced program",
     inside: "unlearn the module that it was exported from",
