@@ -15,7 +15,7 @@ import deepclean_hooks as deepclean
 from deepclean_hooks import testing
 from deepclean_hooks.methods import teachers
 from deepclean_hooks.metrics import pools, relearn
-from deepclean_hooks.trial_problem import Net
+from deepclean_hooks.testing.problem import Net
 from lab import second_device
 from lab.cases import CASES
 from lab.methods import METHODS

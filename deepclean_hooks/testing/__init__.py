@@ -23,7 +23,7 @@ from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.session import Session
 from deepclean_hooks.stored.bits import differing
-from deepclean_hooks.trial_problem import held_out, network, sets
+from deepclean_hooks.testing.problem import held_out, network, sets
 
 __all__ = ["CHECKS", "check_method", "held_out", "network", "sets"]
 
