@@ -157,6 +157,7 @@ def samples_of(
     read = loaders.opened(data)
     if read is not None:
         inner: Any = read.loader.dataset
+        _refuse_lookalikes(inner, name)
         indices.require_no_mask(inner, name)
         if not isinstance(inner, IterableDataset) and not hasattr(inner, "__getitem__"):
             raise TypeError(

@@ -410,8 +410,9 @@ def test_a_mask_is_no_list_of_indices(kind: str) -> None:
 @pytest.mark.parametrize("given", ["forget.txt", Path("d.safetensors"), b"forget"])
 def test_a_path_is_no_data_set(given: Any) -> None:
     """Fails if a text passes for a list of samples, its letters."""
-    with pytest.raises(TypeError, match=r"forget is the text or path .*FisherDiagonal\.load"):
-        samples_of(given, name="forget")
+    for form in (given, DataLoader(given, 4)):  # as the adapters read a set
+        with pytest.raises(TypeError, match=r"forget is the text or path .*FisherDiagonal\.load"):
+            samples_of(form, name="forget")
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
