@@ -19,7 +19,7 @@ from deepclean_hooks import ranks
 from deepclean_hooks.data.samples import Data
 from deepclean_hooks.guard.optimizers import require_readable
 from deepclean_hooks.integrations.beginning import begin, take_up
-from deepclean_hooks.integrations.run_output import leave_report, write_report
+from deepclean_hooks.integrations.run_output import leave_report, require_folder, write_report
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.options import Options, require_known
@@ -76,6 +76,12 @@ class LoopRun(Session):
         self._folder = None if folder is None else Path(folder)
         self._unfinished = False  # begun by start(), neither finished nor closed
         super().__init__(model, method, **options)
+
+    def measure(self, forget: Data, retain: Data | Measurement) -> Session:
+        """As `Session.measure`; raises OSError before it if the folder cannot be made."""
+        if self._folder is not None:
+            require_folder(self._folder)
+        return super().measure(forget, retain)
 
     def walk_to_guard(
         self,

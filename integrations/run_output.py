@@ -22,6 +22,19 @@ def write_report(report: Report, folder: Path) -> None:
         _write(report, folder)
 
 
+def require_folder(folder: Path) -> None:
+    """Makes the folder on rank 0; raises OSError, on every rank, if that cannot be done."""
+    with ranks.fail_together():
+        if ranks.is_first():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as reason:
+                raise OSError(
+                    f"the folder {folder} for the reports cannot be made: {reason}; pass another "
+                    "as folder="
+                ) from reason
+
+
 def leave_report(report: Report, folder: Path) -> None:
     """Writes the same after an error, which the ranks need not share; where that fails, says so."""
     try:

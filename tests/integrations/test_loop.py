@@ -153,6 +153,19 @@ class PerTensor(Plain):
                 parameter.add_(parameter.grad.sign(), alpha=-0.01).add_(1e-3)
 
 
+@pytest.mark.parametrize("below", ["", "reports"])
+def test_a_folder_that_cannot_be_made_is_refused_before_the_reset(
+    below: str, tmp_path: Path
+) -> None:
+    """Fails if a file in the place of the folder is met when the model is reset already."""
+    (tmp_path / "file").write_text("")
+    model = timm_network()
+    before = bits_of(model)
+    with pytest.raises(OSError, match=r"for the reports cannot be made.*pass another as folder="):
+        around(model, folder=tmp_path / "file" / below).start()
+    assert same_bits(before, bits_of(model))
+
+
 class Forgetful(Plain):
     """Such an optimizer that remembers nothing, and has no state."""
 
