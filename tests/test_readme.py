@@ -29,7 +29,8 @@ def surroundings() -> dict[str, object]:
 
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(60, 1, 6, 6), torch.arange(60) % 4)
-    parts = {"forget": range(8), "retain": range(8, 40), "test": range(40, 60), "train": range(40)}
+    parts = {"forget": range(8), "retain": range(8, 40), "train": range(40)}
+    parts |= {"test": range(40, 50), "held_out": range(50, 60)}
     loaders = {f"{n}_loader": DataLoader(Subset(data, p), batch_size=8) for n, p in parts.items()}
     sets = {f"{n}_set": Subset(data, p) for n, p in parts.items()}
     return {"torch": torch, "F": F, "model": network(), "gold_model": network(), **loaders, **sets}

@@ -85,7 +85,7 @@ def _unlearned(case: Case, row: Contender) -> Row:
         method = row.method(case)
         if row.later is not None:
             report, last = _in_rounds(case, row, model, epochs)
-        elif method.own_training:
+        elif method.own_training or row.by_unlearn:
             report = last = _by_unlearn(case, row, model, method, epochs)
         else:
             report = last = _by_session(case, row, model, method, (0, epochs, epochs))

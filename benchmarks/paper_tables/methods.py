@@ -61,7 +61,8 @@ class Contender:
     `epochs`: None is the setup's. `stored`: whether the diagonal that was measured once serves.
     `few`: how many retain and forget samples are measured, None is all. `later`: the method of the
     rounds after the first, one an epoch, where there are rounds. `steps`: so many optimizer steps
-    instead of whole epochs.
+    instead of whole epochs. `by_unlearn`: whether the method has to be told how long it trains, as
+    `unlearn()` tells it.
     """
 
     method: Callable[[Case], Method]
@@ -71,6 +72,7 @@ class Contender:
     few: Callable[[Case], tuple[int, int]] | None = None
     later: Callable[[Case], Method] | None = None
     steps: int | None = None
+    by_unlearn: bool = False
     scenarios: tuple[str, ...] = SCENARIOS
 
     def serves(self, scenario: str) -> bool:
@@ -125,7 +127,7 @@ MAIN: dict[str, Contender] = {
     "zeroed-literal": Contender(
         lambda case: variants.ZeroOnly(gamma=_gamma(case), one_dimensional=True), stored=True
     ),
-    "l1-sparse": Contender(lambda case: L1Sparse()),
+    "l1-sparse": Contender(lambda case: L1Sparse(), by_unlearn=True),
     "ssd": Contender(lambda case: SSD(estimator=BatchMean(batch_size=64, seed=case.seed))),
     "ssd-exact": Contender(lambda case: SSD(alpha=5.0), stored=True),
     "assd": Contender(lambda case: ASSD(), stored=True),
