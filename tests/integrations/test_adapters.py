@@ -121,7 +121,7 @@ LOOPS: dict[str, Callable[[nn.Module, Path], None]] = {
     "DeepCleanLightningCallback": in_lightning,
 }
 # `unlearn` has a recipe of its own, on Accelerate; `ImageClassifier` is what a Trainer's model is.
-WITHOUT_A_LOOP = {"unlearn", "ImageClassifier"}
+WITHOUT_A_LOOP = {"unlearn", "ImageClassifier", "WhenForgotten"}
 # What several adapters share.
 SHARED = {"__init__", "beginning", "callback", "run_output"}
 

@@ -246,7 +246,7 @@ def test_two_processes_choose_what_one_does() -> None:
     """Fails if each process trains its trial on its own share, judges by that alone, or one waits
     for the other."""
     code = (
-        "import json, torch.distributed as dist; from test_gamma_auto import chosen\n"
+        "import json, torch.distributed as dist; from tuning.test_gamma_auto import chosen\n"
         "dist.init_process_group('gloo'); print(json.dumps(chosen()))"
     )
     told, expected = [json.loads(out) for out in launch("-c", code)], chosen()
