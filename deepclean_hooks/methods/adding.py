@@ -54,7 +54,8 @@ class Adding:
 
     def __call__(self, optimizer: Any, stepped: Mapping[str, Tensor], again: bool) -> None:
         """Adds to the gradients of `stepped`; `again` is the same batch once more."""
-        if self._busy:
+        # torch 2.7 waits for ever where a hook of a backward pass runs another.
+        if self._busy or torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "an optimizer steps inside the backward pass, where a method's term cannot be "
                 "added; call step() after backward()"
