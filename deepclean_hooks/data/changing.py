@@ -36,7 +36,9 @@ def _read(source: Samples, positions: list[int]) -> tuple[list[int], list[int]]:
     ids = [fingerprints.of_sample(sample) for sample in found]
     if source.fingerprints == fingerprints.PLAIN:
         return ids, []
-    return ids, batches.sample_ids((source.collate_fn or default_collate)(found))
+    collate, size = source.collate_fn or default_collate, source.batch_size
+    pieces = (found[at : at + size] for at in range(0, len(found), size))
+    return ids, [each for piece in pieces for each in batches.sample_ids(collate(piece))]
 
 
 def changing_warning(name: str) -> str:

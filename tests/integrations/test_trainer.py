@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import signal
-import statistics
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -747,8 +746,7 @@ def test_every_option_reaches_the_run(tmp_path: Path) -> None:
     trainer(tmp_path / "out", timm_vit(), run).train()
     assert set(run.report.scores["after"]["sets"]) == {"forget", "retain", "test", "forget_test"}
     assert run.report.dead_fraction is None
-    # All but the few that are read twice, in one batch, to see whether they change.
-    assert statistics.mode(counted) == 4
+    assert max(counted) == 4
     assert (tmp_path / "told" / "report.json").is_file()
     assert not (tmp_path / "out" / "report.json").exists()
     with pytest.raises(TypeError, match="no option 'golds'; the options are loss_fn"):
