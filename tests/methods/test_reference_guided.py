@@ -157,9 +157,9 @@ def test_forgotten_samples_come_to_the_answers_of_unseen_ones() -> None:
     for each in (method, deepclean.FineTune()):
         net = copy.deepcopy(model)
         sgd = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
-        deepclean.unlearn(net, FORGET, RETAIN, method=each, steps=60, optimizer=sgd, **OPTIONS)
+        deepclean.unlearn(net, FORGET, RETAIN, method=each, steps=120, optimizer=sgd, **OPTIONS)
         ends[each.name] = divergence(net)
-    assert ends["reference-guided"] < 0.7 * min(then, ends["fine-tune"])
+    assert ends["reference-guided"] < 0.5 * min(then, ends["fine-tune"])
 
 
 def test_a_resumed_run_goes_on_in_the_same_bits() -> None:
