@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,41 +113,55 @@ def diagonal(
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
 ) -> FisherDiagonal:
     """`fisher_diagonal` of what is requested."""
-    inner, source, loss, name = request.inner, request.data, request.loss_fn, request.name
+    parts = [request.data]
+    return next(diagonals(request, parts, accumulate=accumulate, memory_budget=memory_budget))
+
+
+def diagonals(
+    request: Request,
+    parts: Sequence[Samples],
+    *,
+    accumulate: torch.dtype = torch.float64,
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Iterator[FisherDiagonal]:
+    """The diagonal of each part of the requested set, which is checked as a whole before the
+    first."""
+    inner, loss, name = request.inner, request.loss_fn, request.name
     with ranks.fail_together():
         no_trace.require_precision(inner, accumulate)
         fsdp.require_measurable(inner, ranks.world()[1])
-        changing = warn_if_changing(source, name)
+        changing = warn_if_changing(request.data, name)
         wanted = _wanted(request)
-    require_same_on_ranks(source, name, changing)
+    require_same_on_ranks(request.data, name, changing)
     if ranks.world()[1] > 1:
         ranks.require_agreement("the set of measured weights", bits.digest(dict(wanted)))
     origin = request.origin
-    with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
-        kept = {id(p) for p in wanted.values()}
-        for p in inner.parameters():
-            p.requires_grad_(id(p) in kept)
-        pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
-        engine, ids, labels = pass_.run(request.label("Fisher"))
-    sums, samples = _over_ranks(engine, ids, name)
-    if not name_of(loss).startswith("deepclean_hooks."):  # ours read the logits
-        _warn_of_unreached_head(inner, sums, name)
-    if source.stream is not None and source.stream.changes():
-        changing = True
-        warnings.warn(changing_warning(name), UserWarning, stacklevel=2)
-    settings = {
-        "model": origin,
-        "loss": name_of(loss),
-        "estimator": "per-sample",
-        "computed": engine.computed,
-        "accumulate": str(accumulate).removeprefix("torch."),
-        "one_sample_loop": dict(sorted(engine.notes.items())),
-        "samples_change": changing,
-        "fingerprints": source.fingerprints,
-        "classes": labels.over_ranks(),
-        "torch": str(torch.__version__),
-    }
-    return FisherDiagonal(sums, len(samples), samples, settings)
+    for source in parts:
+        with no_trace.no_trace(inner), no_trace.float32_weights(inner) as dtype:
+            kept = {id(p) for p in wanted.values()}
+            for p in inner.parameters():
+                p.requires_grad_(id(p) in kept)
+            pass_ = _Pass(inner, wanted, source, loss, accumulate, memory_budget, dtype, name)
+            engine, ids, labels = pass_.run(request.label("Fisher"))
+        sums, samples = _over_ranks(engine, ids, name)
+        if not name_of(loss).startswith("deepclean_hooks."):  # ours read the logits
+            _warn_of_unreached_head(inner, sums, name)
+        if source.stream is not None and source.stream.changes():
+            changing = True
+            warnings.warn(changing_warning(name), UserWarning, stacklevel=2)
+        settings = {
+            "model": origin,
+            "loss": name_of(loss),
+            "estimator": "per-sample",
+            "computed": engine.computed,
+            "accumulate": str(accumulate).removeprefix("torch."),
+            "one_sample_loop": dict(sorted(engine.notes.items())),
+            "samples_change": changing,
+            "fingerprints": source.fingerprints,
+            "classes": labels.over_ranks(),
+            "torch": str(torch.__version__),
+        }
+        yield FisherDiagonal(sums, len(samples), samples, settings)
 
 
 def _wanted(request: Request) -> dict[str, nn.Parameter]:

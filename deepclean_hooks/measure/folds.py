@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deepclean_hooks.measure.fisher import FisherDiagonal, PerSampleFisher, diagonal
+from deepclean_hooks.measure.fisher import FisherDiagonal, PerSampleFisher, diagonal, diagonals
 from deepclean_hooks.measure.request import Request
 from deepclean_hooks.ranks import shards
 
@@ -46,11 +46,12 @@ class FoldedFisher(PerSampleFisher):
         if folds < 2:
             return _folded(diagonal(request), {}, 1)
         assert data.indices is not None  # there are two at least
+        parts = [
+            dataclasses.replace(data, indices=data.indices[first::folds]) for first in range(folds)
+        ]
         total: FisherDiagonal | None = None
         lowest: dict[str, Tensor] = {}
-        for first in range(folds):
-            part = dataclasses.replace(data, indices=data.indices[first::folds])
-            found = diagonal(dataclasses.replace(request, data=part))
+        for found in diagonals(request, parts):
             mean = found.mean()
             lowest = {n: _lower(lowest[n], m) for n, m in mean.items()} if lowest else mean
             total = found if total is None else total + found
