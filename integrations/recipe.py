@@ -103,9 +103,9 @@ def unlearn(
         make = optimizer or _adam(lr)
         watch = None if stop is None else Watch(stop, wrapped, kept)
         with Unlearning(run, forget, retain, resume, ()):
+            gone = samples_of(forget, name="forget", **reading)
             if run.trains and not method.own_training:
-                total = steps or epochs * len(loader)
-                gone = samples_of(forget, name="forget", **reading)
+                total = steps or epochs * per_epoch
 
                 def ends(done: int) -> bool:
                     return watch is not None and watch.ends(wrapped, gone, done)
@@ -116,8 +116,7 @@ def unlearn(
                 if watch is not None and not ended:
                     run.warn(f"the run did not end by stop=: {watch.last}")
             elif run.trains:
-                drawn = samples_of(forget, name="forget", **reading).shuffled(seed + 1)
-                _train_by_method(run, drawn, loader, epochs, make, progress)
+                _train_by_method(run, gone.shuffled(seed + 1), loader, epochs, make, progress)
     return run.report
 
 

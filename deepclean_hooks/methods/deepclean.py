@@ -243,13 +243,11 @@ def _of_chance(forget: Measurement, common: list[str] | None, found: Selection) 
     )
     count = f"{forget.count} forget samples of {len(common)} classes that the retain set holds too"
     if isinstance(forget, FoldedDiagonal):
+        if found.entries():
+            return ""
         return (
-            ""
-            if found.entries()
-            else (
-                f"nothing was selected: for {count}, no weight serves D_f more in each of "
-                f"{CAREFUL_PARTS} parts of it, so what a reset would hit is chance; {way_out}"
-            )
+            f"nothing was selected: for {count}, no weight serves D_f more in each of "
+            f"{CAREFUL_PARTS} parts of it, so what a reset would hit is chance; {way_out}"
         )
     if forget.count >= FEW or not found.entries():
         return ""
