@@ -1,4 +1,4 @@
-"""What can be done with a report that was written down: verify it, or make its page."""
+"""The command line: unlearn, and what can be done with a report that was written down."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from deepclean_hooks.cli import program
+from deepclean_hooks.cli.parser import Misused, Parser
 from deepclean_hooks.report import html, small_sets, stored_report
 from deepclean_hooks.report.printable import printable, shortened
 from deepclean_hooks.report.verify import unvouched, verify
@@ -15,8 +17,14 @@ from deepclean_hooks.stored.files import write_text
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 if all went well, 1 if a check of `verify` does not hold, 2 for what cannot be read."""
-    given = _parser().parse_args(arguments)
+    """0 if all went well, 1 if a check does not hold, 2 for what cannot be followed or read."""
+    try:
+        given = _parser().parse_args(arguments)
+    except Misused as reason:
+        _say(str(reason), sys.stderr)
+        return 2
+    if given.command in program.COMMANDS:
+        return program.run(vars(given))
     try:
         return _verify(given) if given.command == "verify" else _page(given)
     except Exception as reason:  # whatever a damaged file brings about, its reader gets one line
@@ -25,8 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m deepclean_hooks", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(prog="deepclean-hooks", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    program.add_commands(commands)
     report = "report.json, as Report.to_json() wrote it"
     command = commands.add_parser("verify", help="does a report fit a model?")
     command.add_argument("report", type=Path, help=report)

@@ -4,7 +4,6 @@ of their own."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from deepclean_hooks.data import batches, losses
 from deepclean_hooks.data.samples import Data, samples_of
 from deepclean_hooks.integrations.loop import LoopRun, Unlearning
 from deepclean_hooks.integrations.stopping import Watch, WhenForgotten, required
+from deepclean_hooks.integrations.stored_training import StoredTraining
 from deepclean_hooks.measure.measurement import Measurement
 from deepclean_hooks.methods.method import Method
 from deepclean_hooks.model import no_trace
@@ -49,6 +49,7 @@ def unlearn(
     optimizer: MakeOptimizer | None = None,
     stop: WhenForgotten | None = None,
     resume: Mapping[str, Any] | None = None,
+    checkpoint: str | Path | None = None,
     folder: str | Path | None = None,
     **options: Unpack[Options],
 ) -> Report:
@@ -63,6 +64,11 @@ def unlearn(
     process. `stop=WhenForgotten(held_out)` ends the run when the forget set is met as unseen data
     and the retain set is back; if that never happens, the report's warnings say so. `resume` and
     `folder` are those of `unlearning`, the options those of `Session`.
+
+    `checkpoint`: a file in which the run is stored from the reset on, after every epoch and every
+    minute. Where it is there already, the same call on the original model goes on with the run, to
+    the same bits; remove it once the weights are stored. A method that orders its batches by itself
+    begins anew.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
     the same on any number of them, and end with the same model; an incomplete last batch is filled
@@ -90,6 +96,8 @@ def unlearn(
             "stop= compares the retain accuracy with the original's, which a resumed run does not "
             "have any more; leave stop= out"
         )
+    if checkpoint is not None and (resume is not None or stop is not None):
+        raise ValueError("checkpoint= stores and resumes by itself; leave resume= and stop= out")
     require_known(options, "unlearn")
     reading: dict[str, Any] = {key: options.get(key) for key in ("batch_size", "collate_fn")}
     kept = samples_of(retain, name="retain", **reading)
@@ -99,6 +107,10 @@ def unlearn(
     method = method.scheduled(epochs=lasting, steps_per_epoch=per_epoch)
     progress = options.get("progress", True)
     with _launched(model, loader) as (wrapped, accelerator):
+        path = None if checkpoint is None or method.own_training else Path(checkpoint)
+        stored = StoredTraining(path, wrapped, loader)
+        if path is not None:
+            resume = stored.session
         run = LoopRun(wrapped, method, folder=folder, **options)
         make = optimizer or _adam(lr)
         watch = None if stop is None else Watch(stop, wrapped, kept)
@@ -110,9 +122,7 @@ def unlearn(
                 def ends(done: int) -> bool:
                     return watch is not None and watch.ends(wrapped, gone, done)
 
-                ended = _fine_tune(
-                    wrapped, loader, run.loss_fn, total, make, progress, accelerator, ends
-                )
+                ended = _fine_tune(run, loader, total, make, progress, accelerator, ends, stored)
                 if watch is not None and not ended:
                     run.warn(f"the run did not end by stop=: {watch.last}")
             elif run.trains:
@@ -156,16 +166,17 @@ def _accelerator() -> Accelerator:
 
 
 def _fine_tune(
-    model: nn.Module,
+    run: Session,
     retain: DataLoader[Any],
-    loss_fn: losses.LossFn,
     steps: int,
     make: MakeOptimizer,
     progress: bool,
     accelerator: Accelerator | None,
     ends: Callable[[int], bool],
+    stored: StoredTraining,
 ) -> bool:
     """Trains for so many steps, or until `ends(steps done)`; returns whether that ended it."""
+    model, loss_fn = run.model, run.loss_fn
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = make(trained)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -174,10 +185,11 @@ def _fine_tune(
     if accelerator is not None:
         optimizer, retain = accelerator.prepare(optimizer, retain)
         backward = accelerator.backward
+    first, ended = stored.begin(run, optimizer, schedule), False
     hidden = None if progress and ranks.is_first() else True
-    with no_trace.training(model), tqdm(total=steps, desc="fine-tune", disable=hidden) as bar:
-        epochs = itertools.chain.from_iterable(itertools.repeat(retain))
-        for done, batch in enumerate(itertools.islice(epochs, steps), 1):
+    bar = tqdm(total=steps, initial=first, desc="fine-tune", disable=hidden)
+    with no_trace.training(model), bar:
+        for done, batch in enumerate(stored.batches(retain, first, steps), first + 1):
             batch = batches.to(batch, device)
             loss = losses.per_sample(loss_fn(model, batch), batches.size(batch)).mean()
             backward(loss)
@@ -185,10 +197,12 @@ def _fine_tune(
             optimizer.zero_grad()
             schedule.step()
             bar.update()
+            stored.stepped(done)
             ended = ends(done)
             if ended:
                 break
     ranks.share_buffers(unwrap(model))
+    stored.end(steps)
     return ended
 
 

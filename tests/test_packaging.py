@@ -88,6 +88,7 @@ def test_metadata_names_version_licence_and_extras(wheel: Path) -> None:
     extras = {line.split()[-1] for line in lines if line.startswith("Provides-Extra:")}
     assert extras == {
         "all",
+        "cli",
         "dev",
         "docs",
         "evaluate",

@@ -107,22 +107,29 @@ def _by_indices(dataset: Any, entries: Any, problems: list[str]) -> set[int]:
     return chosen | _by_files(dataset, named, problems) if named else chosen
 
 
-def _by_files(dataset: Any, named: list[PurePath], problems: list[str]) -> set[int]:
+def found_by_files(dataset: Any, named: list[PurePath]) -> list[list[int]] | None:
+    """For each path the samples whose files end in it; None where files are not known."""
     known = labels.files(dataset)
     if known is None:
-        raise TypeError(
-            f"{type(dataset).__name__} does not say from which files its samples are read; name "
-            "the samples by their indices"
-        )
+        return None
     wanted: dict[tuple[str, ...], list[int]] = {path.parts: [] for path in named}
     lengths = {len(parts) for parts in wanted}
     for index, path in enumerate(known):
         for length in lengths:
             if path.parts[-length:] in wanted:
                 wanted[path.parts[-length:]].append(index)
+    return [wanted[path.parts] for path in named]
+
+
+def _by_files(dataset: Any, named: list[PurePath], problems: list[str]) -> set[int]:
+    places, known = found_by_files(dataset, named), labels.files(dataset)
+    if places is None or known is None:
+        raise TypeError(
+            f"{type(dataset).__name__} does not say from which files its samples are read; name "
+            "the samples by their indices"
+        )
     chosen: set[int] = set()
-    for path in named:
-        found = wanted[path.parts]
+    for path, found in zip(named, places, strict=True):
         if len(found) == 1:
             chosen.add(found[0])
         elif found:
@@ -166,7 +173,7 @@ def _by_condition(dataset: Any, condition: Condition, problems: list[str]) -> se
         if not chosen:
             problems.append("where= (true of no sample)")
         return chosen
-    if not labels.has_columns(dataset):
+    if not hasattr(dataset, "column_names"):
         raise TypeError(
             f"where={condition!r} asks for columns, which {type(dataset).__name__} does not have; "
             "pass a function of a sample, such as where=lambda sample: sample[1] == 3"

@@ -32,7 +32,7 @@ def naming(stored: Mapping[str, str], told: Mapping[str, str]) -> Naming:
     library could do: one pattern of names for one other, with the same numbers in the same order.
     So two layers that were exchanged do not match.
     """
-    model = _by_name(list(stored), list(told))
+    model = by_name(list(stored), list(told))
     taken = set(model.values())
     left = [name for name in stored if name not in model]
     open_names = [name for name in told if name not in taken]
@@ -47,7 +47,9 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _by_name(stored: list[str], told: list[str]) -> dict[str, str]:
+def by_name(stored: list[str], told: list[str]) -> dict[str, str]:
+    """The model's name for each name in a file that differs from it by wrappers or by a prefix of
+    all names."""
     best: dict[str, str] = {}
     for mine in _without_prefix(stored):
         for theirs in _without_prefix(told):
