@@ -31,7 +31,6 @@ def store(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         Path(temporary).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    path.chmod(0o644)  # a temporary file is its owner's alone
 
 
 def read(path: Path) -> Any:

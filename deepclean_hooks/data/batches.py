@@ -17,9 +17,9 @@ from deepclean_hooks.stored.bits import as_bytes
 Batch = Any  # what the user's loader yields
 
 _T = TypeVar("_T")
-_LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 _NO_LABELS = ("idx", "index", "indices", "id", "ids", "length", "lengths")
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class SampleList(list[_T]):
@@ -54,16 +54,15 @@ def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return batch
 
 
-def tensors(batch: Batch) -> Iterator[Tensor]:
+def tensors(batch: Batch) -> list[Tensor]:
     """Every tensor of the batch, in the order of its structure."""
     if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from tensors(value)
+        return [batch]
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, list | tuple):
+        return [tensor for value in batch for tensor in tensors(value)]
+    return []
 
 
 def label_key(batch: Mapping[Any, Any]) -> Any:
@@ -76,11 +75,11 @@ def label_key(batch: Mapping[Any, Any]) -> Any:
         for key, value in batch.items()
         if isinstance(value, Tensor)
         and value.dim() == 1
-        and value.dtype in _INTEGERS
+        and value.dtype in INTEGERS
         and key not in _NO_LABELS
     ]
     if len(candidates) > 1:
-        candidates = [key for key in candidates if key in _LABEL_NAMES]
+        candidates = [key for key in candidates if key in LABEL_NAMES]
     return candidates[0] if len(candidates) == 1 else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deepclean_hooks.data.batches import Batch, SampleList, label_key
+from deepclean_hooks.data.batches import LABEL_NAMES, Batch, SampleList, label_key
 
 SCORED = "F is torch.nn.functional; such a run is measured, and cannot be scored"
 
@@ -110,8 +110,7 @@ def _example(model: nn.Module, batch: Batch) -> str:
         for key, value in tensors.items()
         if key != inputs and value.dim() == 1 and not value.is_floating_point()
     ]
-    names = ("labels", "label", "targets", "target", "y")
-    labels = next((key for key in whole if key in names), whole[0] if whole else "labels")
+    labels = next((key for key in whole if key in LABEL_NAMES), whole[0] if whole else "labels")
     named = isinstance(inputs, str) and _takes(model, {inputs: None})
     code = f"model({inputs}=batch[{inputs!r}])" if named else f"model(batch[{inputs!r}])"
     return Call((), {}, None, code, f"batch[{labels!r}]").loss() + f" ({SCORED})"

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from deepclean_hooks.data.batches import INTEGERS
 from deepclean_hooks.data.call import SCORED, Call
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def logits_of(output: object, call: Call) -> Tensor:
@@ -65,7 +64,7 @@ def class_indices(labels: object, logits: Tensor, call: Call) -> Tensor:
     Raises ValueError for anything else, a single logit and probabilities among it.
     """
     _require_logits(logits, call)
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+    if not isinstance(labels, Tensor) or labels.dtype not in INTEGERS:
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
             f"labels must be class indices (int64), got {kind}; loss_fn= measures soft or one-hot "

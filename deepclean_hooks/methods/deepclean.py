@@ -164,12 +164,17 @@ class DeepClean(Method):
         """
         common = classes.shared(forget.settings.get("classes"), retain.settings.get("classes"))
         if self.gamma != "careful":
-            found = self._limited(forget, forget, retain, self.max_selected)
-            advice = found.advice or _of_chance(forget, common, found)
-            return dataclasses.replace(found, advice=advice)
-        share = CAREFUL_SHARE if self.max_selected is None else self.max_selected
-        if common == []:
-            return self._limited(forget, forget, retain, share)
+            selection = self._limited(forget, forget, retain, self.max_selected)
+        else:
+            share = CAREFUL_SHARE if self.max_selected is None else self.max_selected
+            if common == []:
+                return self._limited(forget, forget, retain, share)
+            selection = self._careful(forget, retain, share)
+        advice = selection.advice or _of_chance(forget, common, selection)
+        return dataclasses.replace(selection, advice=advice)
+
+    def _careful(self, forget: Measurement, retain: Measurement, share: float) -> Selection:
+        """The entries that exceed gamma times the retain set's in each part of the forget set."""
         if not isinstance(forget, FoldedDiagonal):
             raise TypeError(
                 'gamma="careful" compares parts of the forget set, and this diagonal is of the '
@@ -181,15 +186,11 @@ class DeepClean(Method):
                 "parted; pass a Dataset with a length, or give gamma a number"
             )
         if not forget.lowest:
-            masks = nothing(forget)
-            total = sum(mask.numel() for mask in masks.values())
-            found = Selection(masks, total, "nothing: of a single sample all is chance")
-        else:
-            found = self._limited(forget.of_lowest(), forget, retain, share)
-            criterion = f"{found.criterion}, in each of {forget.parts} parts of D_f"
-            found = dataclasses.replace(found, criterion=criterion)
-        advice = found.advice or _of_chance(forget, common, found)
-        return dataclasses.replace(found, advice=advice)
+            why = "nothing: of a single sample all is chance"
+            return Selection.of_all(nothing(forget), why)
+        selection = self._limited(forget.of_lowest(), forget, retain, share)
+        criterion = f"{selection.criterion}, in each of {forget.parts} parts of D_f"
+        return dataclasses.replace(selection, criterion=criterion)
 
     def _limited(
         self, compared: Measurement, forget: Measurement, retain: Measurement, share: float | None
@@ -234,7 +235,7 @@ def _of_limit(share: float, literal: Selection) -> str:
     )
 
 
-def _of_chance(forget: Measurement, common: list[str] | None, found: Selection) -> str:
+def _of_chance(forget: Measurement, common: list[str] | None, selection: Selection) -> str:
     """What to say of a selection for samples of classes that the retain set still holds."""
     if not common:
         return ""
@@ -243,18 +244,18 @@ def _of_chance(forget: Measurement, common: list[str] | None, found: Selection) 
     )
     count = f"{forget.count} forget samples of {len(common)} classes that the retain set holds too"
     if isinstance(forget, FoldedDiagonal):
-        if found.entries():
+        if selection.entries():
             return ""
         return (
             f"nothing was selected: for {count}, no weight serves D_f more in each of "
             f"{CAREFUL_PARTS} parts of it, so what a reset would hit is chance; {way_out}"
         )
-    if forget.count >= FEW or not found.entries():
+    if forget.count >= FEW or not selection.entries():
         return ""
     return (
-        f"{found.entries() / max(1, found.candidates):.1%} of the candidate entries are reset for "
-        f"{count}: of so few samples the ratio is mostly chance, and the reset costs accuracy; "
-        f'{way_out}, or leave gamma at "careful"'
+        f"{selection.entries() / max(1, selection.candidates):.1%} of the candidate entries are "
+        f"reset for {count}: of so few samples the ratio is mostly chance, and the reset costs "
+        f'accuracy; {way_out}, or leave gamma at "careful"'
     )
 
 

@@ -40,6 +40,11 @@ class Selection:
     held_back_by_layer: dict[str, int] = field(default_factory=dict)
     advice: str = ""
 
+    @classmethod
+    def of_all(cls, masks: Mask, criterion: str) -> Selection:
+        """The selection whose candidates are all entries of the masks."""
+        return cls(masks, sum(mask.numel() for mask in masks.values()), criterion)
+
     def entries(self) -> int:
         """How many were picked; of a sharded model on all ranks together, which all call this."""
         return sum(shards.total(mask) for mask in self.masks.values())

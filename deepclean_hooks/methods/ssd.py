@@ -118,7 +118,7 @@ class SSD(Method):
         masks = {name: own[name] > whole[name] * alpha for name in own}
         if not self.joint:
             return above_noise(masks, forget, criterion)
-        return Selection(masks, sum(mask.numel() for mask in masks.values()), criterion)
+        return Selection.of_all(masks, criterion)
 
 
 @dataclass(frozen=True)

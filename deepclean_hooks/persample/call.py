@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from deepclean_hooks.data.batches import tensors
 from deepclean_hooks.persample.layout import Place
 from deepclean_hooks.persample.rule import FusedRule, Rule
 
@@ -19,13 +20,8 @@ T = TypeVar("T")
 
 def mark(value: object) -> None:
     """Notes that every tensor in `value` depends on the data."""
-    if isinstance(value, Tensor):
-        setattr(value, _MARK, True)
-    elif isinstance(value, Mapping):
-        mark(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            mark(item)
+    for tensor in tensors(value):
+        setattr(tensor, _MARK, True)
 
 
 def kind(value: object) -> int:
@@ -35,29 +31,15 @@ def kind(value: object) -> int:
         if getattr(value, _MARK, False):
             return DATA
         return PARAMETER if value.requires_grad else NEITHER
-    found = NEITHER
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            found |= kind(item)
-    return found
+    sides = NEITHER
+    for tensor in tensors(value):
+        sides |= kind(tensor)
+    return sides
 
 
 def notes(tensor: Tensor) -> dict[str, Any]:
     """What was noted of an activation, for an alias of it."""
     return {name: value for name, value in vars(tensor).items() if name.startswith("_deepclean_")}
-
-
-def flatten(value: object) -> list[Tensor]:
-    """Every tensor in nested lists, tuples and mappings, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in flatten(item)]
-    return []
 
 
 class Forward(ABC):
@@ -114,7 +96,7 @@ class Call:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments."""
-        return flatten([self.args, self.kwargs])
+        return tensors([self.args, self.kwargs])
 
     @staticmethod
     def is_data(value: object) -> bool:

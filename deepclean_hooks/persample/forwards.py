@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepclean_hooks.persample.call import Call, Forward, flatten, kind, mark
+from deepclean_hooks.persample.call import Call, Forward, kind, mark
 from deepclean_hooks.persample.layout import PROBE_SAMPLES, Layout, Place
 from deepclean_hooks.persample.owners import Owners
 from deepclean_hooks.persample.rule import FusedRule, Rule
@@ -131,7 +131,7 @@ class _TapOperand(torch.autograd.Function):
         return None, None, None
 
 
-class _TapOutput(torch.autograd.Function):
+class _TapOutput(_TapOperand):
     """Gives an output without a graph (the first layer's) a gradient; no copy, and safe before an
     in-place step."""
 
@@ -140,11 +140,6 @@ class _TapOutput(torch.autograd.Function):
         ctx.receive = receive
         ctx.mark_dirty(out)
         return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.receive(grad)
-        return None, None, None
 
 
 class _Fused(torch.autograd.Function):
@@ -257,7 +252,7 @@ class ServedPass(Pass):
         return tapped
 
     def unserved(self, call: Call, reason: str) -> Any:
-        sources = [t for t in flatten([call.args, call.kwargs]) if kind(t) and not call.is_data(t)]
+        sources = [t for t in call.tensors() if kind(t) and not call.is_data(t)]
         self.refused.append((sources, f"{call.name}: {reason}"))
         return super().unserved(call, reason)
 

@@ -21,7 +21,7 @@ from deepclean_hooks.data.batches import Batch
 from deepclean_hooks.data.losses import LossFn
 from deepclean_hooks.persample import loop, probe
 from deepclean_hooks.persample.accumulate import FLUSH_EVERY, Sums, add_converted
-from deepclean_hooks.persample.call import Call, flatten, notes
+from deepclean_hooks.persample.call import Call, notes
 from deepclean_hooks.persample.engine import NonFiniteGradient, SquaredGradients
 from deepclean_hooks.persample.forwards import Meetings, ModelChanged, ServedPass
 from deepclean_hooks.persample.intercept import Interception
@@ -359,7 +359,7 @@ class ShardedSquaredGradients(SquaredGradients):
 
 def _noted(inputs: object) -> list[tuple[int, dict[str, Any]]]:
     """For each tensor among a module's inputs, which object it is, and what was noted of it."""
-    return [(id(tensor), notes(tensor)) for tensor in flatten(inputs)]
+    return [(id(tensor), notes(tensor)) for tensor in batches.tensors(inputs)]
 
 
 def _as_before(inputs: Any, noted: list[tuple[int, dict[str, Any]]]) -> Any:
@@ -368,7 +368,7 @@ def _as_before(inputs: Any, noted: list[tuple[int, dict[str, Any]]]) -> Any:
     Attention with three times the same input takes another way than with three equal ones.
     """
     first: dict[int, Tensor] = {}
-    for (identity, known), tensor in zip(noted, flatten(inputs), strict=True):
+    for (identity, known), tensor in zip(noted, batches.tensors(inputs), strict=True):
         kept = first.setdefault(identity, tensor)
         for name, value in known.items():
             setattr(kept, name, value)

@@ -56,8 +56,7 @@ class FisherForgetting(Method):
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """Every entry."""
-        masks = everything(retain.sums)
-        return Selection(masks, sum(m.numel() for m in masks.values()), "every entry gets noise")
+        return Selection.of_all(everything(retain.sums), "every entry gets noise")
 
     def new_values(
         self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement

@@ -35,9 +35,7 @@ class Retrain(Method):
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """Every entry."""
-        masks = everything(forget.sums)
-        total = sum(mask.numel() for mask in masks.values())
-        return Selection(masks, total, "every trainable entry is")
+        return Selection.of_all(everything(forget.sums), "every trainable entry is")
 
     def values(
         self, model: nn.Module, selection: Selection, forget: Measurement, retain: Measurement

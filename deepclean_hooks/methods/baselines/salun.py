@@ -51,9 +51,8 @@ class SalUn(Method):
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The most salient entries; their values stay."""
         masks = largest({name: total.abs() for name, total in forget.sums.items()}, self.share)
-        total = sum(mask.numel() for mask in masks.values())
         criterion = f"|d loss(D_f)| is among the largest {self.share:.0%} (trained, not reset)"
-        return Selection(masks, total, criterion)
+        return Selection.of_all(masks, criterion)
 
     def free(self, selection: Selection) -> Mask:
         """The salient entries."""
