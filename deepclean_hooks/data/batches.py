@@ -66,8 +66,7 @@ def tensors(batch: Batch) -> list[Tensor]:
 
 
 def label_key(batch: Mapping[Any, Any]) -> Any:
-    """The key of a mapping's class indices; None where there is none, or more than one that could
-    be it."""
+    """The key of a mapping's class indices; None where no key, or more than one, could be it."""
     if "labels" in batch:
         return "labels"
     candidates = [
@@ -84,7 +83,7 @@ def label_key(batch: Mapping[Any, Any]) -> Any:
 
 
 def labels_of(batch: Batch) -> Any:
-    """The labels of a batch `(x, y)` or of a mapping with class indices; None for others."""
+    """The labels of a batch `(x, y)` or of a mapping with class indices; None for other batches."""
     if isinstance(batch, Mapping):
         return batch.get(label_key(batch))
     return batch[1] if isinstance(batch, list | tuple) and len(batch) == 2 else None
@@ -127,8 +126,8 @@ def rows(batch: Batch, index: Tensor) -> Batch:
 
 
 def change_sample(batch: Batch, at: int, change: Callable[[Tensor], Tensor]) -> Batch:
-    """The batch with every tensor of the sample at position `at` replaced; the others' are
-    copies."""
+    """The batch with every tensor of the sample at position `at` replaced; the tensors
+    of other samples are copies."""
 
     def row(tensor: Tensor) -> Tensor:
         copy = tensor.detach().clone()
@@ -167,7 +166,7 @@ def _map_samples(
 
 
 def _of_samples(values: list[Any] | tuple[Any, ...], count: int) -> bool:
-    """Whether a list of N entries has one for each sample: tensors that are not of N rows
+    """Whether a list of N entries has an entry for each sample: tensors that are not of N rows
     themselves, or no tensors at all."""
     if hasattr(values, "_fields"):
         return False
@@ -189,7 +188,7 @@ def split(batch: Batch, most: int) -> Iterator[Batch]:
 
 
 def to(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-    """The batch on `device`, floating-point tensors in `dtype` if one is given."""
+    """The batch on `device`, floating-point tensors in `dtype` if it is given."""
     # Only towards an accelerator, which works in order: the CPU would read what has not arrived.
     apart = device.type != "cpu"
 
@@ -202,8 +201,8 @@ def to(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> 
 
 
 def sample_ids(batch: Batch) -> list[int]:
-    """One 64-bit fingerprint per sample, from the bits of its rows: equal exactly for equal content
-    (BLAKE2b)."""
+    """A 64-bit fingerprint of each sample, from the bits of its rows: equal exactly for equal
+    content (BLAKE2b)."""
     count = size(batch)
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(count)]
 

@@ -35,7 +35,7 @@ class Call:
         )
 
     def binary(self, *, column: bool) -> str:
-        """A `loss_fn=` for a head of one logit, which has a column of its own or not."""
+        """A `loss_fn=` for a head of one logit, of shape (N, 1) if `column`, else (N,)."""
         squeezed = ".squeeze(1)" if column else ""
         return (
             f"loss_fn=lambda model, batch: F.binary_cross_entropy_with_logits({self.code}"
@@ -68,7 +68,7 @@ def _of_mapping(model: nn.Module, batch: Mapping[Any, Any]) -> Call:
     rest = {key: value for key, value in batch.items() if key != label}
     named = _takes(model, rest)
     if not named:
-        # What is no tensor, such as the paths of the images, is none of the model's.
+        # Entries without a tensor, such as the paths of the images, are no input of the model.
         rest = {key: value for key, value in rest.items() if _is_input(value)}
         named = _takes(model, rest)
     code = ", ".join(f"{key}=batch[{key!r}]" for key in rest)

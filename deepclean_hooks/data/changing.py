@@ -32,12 +32,12 @@ def changes_from_pass_to_pass(source: Samples, probes: int = PROBES) -> bool:
 def _read(source: Samples, positions: list[int]) -> tuple[list[int], list[int]]:
     """The fingerprints of some samples, before and after they are collated."""
     assert source.indices is not None
-    found = [source.dataset[source.indices[at]] for at in positions]
-    ids = [fingerprints.of_sample(sample) for sample in found]
+    samples = [source.dataset[source.indices[at]] for at in positions]
+    ids = [fingerprints.of_sample(sample) for sample in samples]
     if source.fingerprints == fingerprints.PLAIN:
         return ids, []
     collate, size = source.collate_fn or default_collate, source.batch_size
-    pieces = (found[at : at + size] for at in range(0, len(found), size))
+    pieces = (samples[at : at + size] for at in range(0, len(samples), size))
     return ids, [each for piece in pieces for each in batches.sample_ids(collate(piece))]
 
 
@@ -45,7 +45,7 @@ def changing_warning(name: str) -> str:
     """What is to be said of a set whose samples change from pass to pass."""
     return (
         f"the samples of {name} change from pass to pass (a random transform): the measurement "
-        "is of the augmented samples of one pass, and another pass gives another one; use the "
+        "is of the augmented samples of this pass, and changes with each pass; use the "
         "test-time transform"
     )
 

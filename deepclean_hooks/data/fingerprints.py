@@ -1,6 +1,6 @@
-"""Which sample a sample is: 64 bits of its content, taken before a collate function touches it.
+"""A sample's identity: 64 bits of its content, taken before a collate function touches it.
 
-Rows of a batch are no identity: padding to the longest of a batch gives one sample other bytes in
+Rows of a batch are no identity: padding to the longest of a batch gives a sample different bytes in
 every batch. A sample of tensors and numbers has the fingerprint of its row in a batch by torch's
 default collate function.
 """
@@ -26,7 +26,7 @@ from deepclean_hooks.stored.bits import as_bytes
 
 PLAIN = "each sample, which is collated as it is"
 SAMPLES = "each sample before it is collated"
-ROWS = "each row of a collated batch"  # of streams that make their own; and of earlier versions
+ROWS = "each row of a collated batch"  # of streams that make batches; and of earlier versions
 
 
 def of_sample(sample: object) -> int:
@@ -82,10 +82,10 @@ def kind_of(collate: Callable[[Any], Batch] | None) -> str:
     return PLAIN if collate is None or collate is default_collate else SAMPLES
 
 
-def comparable(one: str | None, other: str | None) -> bool:
+def comparable(first: str | None, second: str | None) -> bool:
     """Whether fingerprints of two kinds tell that a sample is the same; None is the kind that
     earlier versions knew, ROWS."""
-    return {one or ROWS, other or ROWS} != {SAMPLES, ROWS}
+    return {first or ROWS, second or ROWS} != {SAMPLES, ROWS}
 
 
 def _parts(value: object) -> Iterator[tuple[str, bytes | memoryview]]:
@@ -120,7 +120,7 @@ def _parts(value: object) -> Iterator[tuple[str, bytes | memoryview]]:
         yield "bulk", f"{value.mode}{getattr(value, 'size', '')}".encode()
         yield "bulk", value.tobytes()
     elif value is not None:
-        # Objects of the user's own, such as graphs: by their attributes if they have any.
+        # Objects of the user's classes, such as graphs: by their attributes if they have any.
         attributes = getattr(value, "__dict__", None)
         if attributes:
             yield from _parts(attributes)

@@ -29,7 +29,7 @@ Index = Any  # an int, or what else the data set is indexed by: a key
 def of_loader(loader: DataLoader[Any], name: str) -> tuple[Index, ...]:
     """The indices, each once, in order; what the sampler draws from is left as it was.
 
-    Raises ValueError for a sampler that repeats samples, or draws others in another pass.
+    Raises ValueError for a sampler that repeats samples, or draws different ones in each pass.
     """
     sampler, batched = _innermost(loader)
     dataset: Any = loader.dataset
@@ -39,7 +39,7 @@ def of_loader(loader: DataLoader[Any], name: str) -> tuple[Index, ...]:
         if sampler.dataset is loader.dataset:
             # The ranks share the whole set; this sampler may pad it or show samples several times.
             return tuple(range(len(dataset)))
-        # Lightning puts the user's own sampler in as if it were the data set.
+        # Lightning puts the user's sampler in as if it were the data set.
         sampler, batched = getattr(sampler.dataset, "_sampler", None), False
         if sampler is None:
             raise ValueError(
@@ -54,15 +54,17 @@ def of_loader(loader: DataLoader[Any], name: str) -> tuple[Index, ...]:
         again = _distinct(_drawn(sampler, batched, most), sampler, name)
     if set(first) != set(again):
         raise ValueError(
-            f"the sampler of {name} ({type(sampler).__name__}) draws other samples in each pass: "
-            f"{len(first)} and then {len(again)}, {len(set(first) & set(again))} of them the same, "
-            f"{_of(loader.dataset)}; pass the Dataset itself, or a Subset of the samples you mean"
+            f"the sampler of {name} ({type(sampler).__name__}) draws different samples in each "
+            f"pass: {len(first)} and then {len(again)}, {len(set(first) & set(again))} of them the "
+            f"same, {_of(loader.dataset)}; pass the Dataset itself, or a Subset of the samples you "
+            "mean"
         )
     return first
 
 
 def as_index(value: Any) -> Index:
-    """A number of any kind (numpy, a tensor of one entry) as an int; any other key as it is."""
+    """A number of any kind (numpy, a tensor of one entry) as an int; a key of another kind as it
+    is."""
     if isinstance(value, Tensor) and value.dim() == 0:
         return int(value)
     try:
@@ -74,11 +76,11 @@ def as_index(value: Any) -> Index:
 def inside(subset: Subset[Any], positions: Iterable[Index]) -> list[Index]:
     """The indices into a Subset's data set that stand at these positions; from the end no more."""
     whole: Any = subset.dataset
-    found = [as_index(subset.indices[i]) for i in positions]
+    indices = [as_index(subset.indices[i]) for i in positions]
     if not hasattr(whole, "__len__"):
-        return found
+        return indices
     count = len(whole)
-    return [i + count if isinstance(i, int) and -count <= i < 0 else i for i in found]
+    return [i + count if isinstance(i, int) and -count <= i < 0 else i for i in indices]
 
 
 def require_no_mask(dataset: Any, name: str) -> None:

@@ -47,23 +47,23 @@ def of_dataset(dataset: Any) -> list[int]:
 
 
 def names(dataset: Any) -> dict[str, list[int]]:
-    """The class indices of each class name: more than one where a name stands for several classes;
+    """The class indices of each class name: several where a name stands for several classes;
     empty where classes have no names."""
     if isinstance(dataset, Subset):
         return names(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
         parts = [names(part) for part in dataset.datasets]
         return parts[0] if all(part == parts[0] for part in parts) else {}
-    found: dict[str, set[int]] = {}
+    called: dict[str, set[int]] = {}
     for index, entry in enumerate(_classes(dataset)):
         for name in (entry,) if isinstance(entry, str) else entry:
-            found.setdefault(str(name), set()).add(index)
+            called.setdefault(str(name), set()).add(index)
     for holder in (dataset, getattr(dataset, "reader", None)):
         table = getattr(holder, "class_to_idx", None)
         for name, index in table.items() if isinstance(table, Mapping) else ():
-            found.setdefault(str(name), set()).add(int(index))
+            called.setdefault(str(name), set()).add(int(index))
     change = getattr(dataset, "target_transform", None) or (lambda index: index)
-    return {name: sorted({int(change(i)) for i in at}) for name, at in found.items()}
+    return {name: sorted({int(change(i)) for i in at}) for name, at in called.items()}
 
 
 def files(dataset: Any) -> list[PurePath] | None:
@@ -100,15 +100,15 @@ def _raw(dataset: Any) -> list[int] | None:
     if isinstance(dataset, TensorDataset):
         return _integers(dataset.tensors[-1], len(dataset)) if len(dataset.tensors) == 2 else None
     for name in _ATTRIBUTES:
-        found = _integers(getattr(dataset, name, None), len(dataset))
-        if found is not None:
-            return found
+        labels = _integers(getattr(dataset, name, None), len(dataset))
+        if labels is not None:
+            return labels
     pairs = _pairs(dataset)
     return None if pairs is None else _integers([label for _, label in pairs], len(dataset))
 
 
 def _integers(values: Any, count: int) -> list[int] | None:
-    """The values as integers if they are that, one for each sample."""
+    """The values as integers, if they are an integer for each sample."""
     if not isinstance(values, Sequence | Tensor | np.ndarray) or len(values) != count:
         return None
     array = np.asarray(values)
@@ -119,9 +119,9 @@ def _pairs(dataset: Any) -> Sequence[tuple[Any, Any]] | None:
     """(file, label) of each sample: torchvision's folders and timm's readers have such a list."""
     for holder in (dataset, getattr(dataset, "reader", None)):
         for name in ("samples", "imgs"):
-            found = getattr(holder, name, None)
-            if isinstance(found, Sequence) and len(found) == len(dataset) and _is_pair(found[0]):
-                return found
+            pairs = getattr(holder, name, None)
+            if isinstance(pairs, Sequence) and len(pairs) == len(dataset) and _is_pair(pairs[0]):
+                return pairs
     return None
 
 
@@ -134,8 +134,8 @@ def _is_pair(entry: object) -> bool:
 def _classes(dataset: Any) -> Iterable[Any]:
     if has_columns(dataset):
         return getattr(dataset.features[label_column(dataset)], "names", None) or ()
-    found = getattr(dataset, "classes", None)
-    return found if isinstance(found, list | tuple) else ()
+    names = getattr(dataset, "classes", None)
+    return names if isinstance(names, list | tuple) else ()
 
 
 def _read(dataset: Any) -> list[int]:

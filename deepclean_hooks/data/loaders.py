@@ -1,7 +1,7 @@
 """What wraps a DataLoader, and what it does to the batches: timm's prefetcher, Fabric, Accelerate.
 
-Samples are read from the data set itself, so a wrapper has to be understood: one that only moves
-batches is taken off, timm's normalisation is applied, any other is walked as it is.
+Samples are read from the data set itself, so a wrapper has to be understood: a wrapper that only
+moves batches is taken off, timm's normalisation is applied, any other wrapper is walked as it is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PLAIN = ("torch.", "timm.", "accelerate.", "torchdata.", "torch_geometric.")
 
 @dataclass(frozen=True)
 class Opened:
-    """A DataLoader and what its wrapper does to its batches; `as_is`: the user's own object, where
-    that is not known and it has to be walked itself."""
+    """A DataLoader and what its wrapper does to its batches; `as_is`: the user's object, where
+    that is not known, so that the object itself is walked."""
 
     loader: DataLoader[Any]
     finish: Callable[[Batch], Batch] | None = None
@@ -39,7 +39,7 @@ def opened(data: object) -> Opened | None:
     wrapper, inner = data, data
     while not isinstance(inner, DataLoader):
         inside = (getattr(inner, name, None) for name in _ATTRIBUTES)
-        inner = next((one for one in inside if hasattr(one, "__iter__")), None)
+        inner = next((each for each in inside if hasattr(each, "__iter__")), None)
         if inner is None:
             return None
     if isinstance(wrapper, DataLoader):
@@ -64,14 +64,14 @@ class Normalised:
 
 
 def unmixed(collate: Any) -> Any:
-    """The collate function, or timm's plain one where it mixes samples with each other."""
+    """The collate function, or timm's plain function where it mixes samples with each other."""
     if type(collate).__name__ != "FastCollateMixup":
         return collate
     return sys.modules["timm.data.loader"].fast_collate
 
 
 def _makes_its_own(loader: DataLoader[Any]) -> bool:
-    """Whether a subclass gives other batches than a DataLoader with its data set and sampler."""
+    """Whether a subclass of DataLoader gives batches that a plain DataLoader would not."""
     changed = type(loader).__iter__ is not DataLoader.__iter__
     if not changed or type(loader).__module__.startswith(_PLAIN):
         return False
@@ -102,8 +102,8 @@ def _same_first_batch(wrapper: Any, inner: Any) -> bool:
 def _bits(batch: Batch) -> object:
     if batch is None:
         return None
-    told = [(t.dtype, tuple(t.shape)) for t in batches.tensors(batch)]
+    forms = [(t.dtype, tuple(t.shape)) for t in batches.tensors(batch)]
     try:
-        return told, batches.sample_ids(batches.map_tensors(batch, Tensor.cpu))
+        return forms, batches.sample_ids(batches.map_tensors(batch, Tensor.cpu))
     except TypeError:
-        return told
+        return forms

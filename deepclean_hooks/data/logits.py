@@ -1,5 +1,5 @@
-"""A classifier's logits in what its model returned, and the labels as classes of them: where more
-than one reading is possible, none is taken.
+"""A classifier's logits in what its model returned, and the labels as classes of them. An
+output that can be read in several ways is refused.
 
 N: samples of the batch, C: classes.
 """
@@ -16,10 +16,10 @@ from deepclean_hooks.data.call import SCORED, Call
 
 
 def logits_of(output: object, call: Call) -> Tensor:
-    """The logits in a model's output: a tensor, `.logits`, `["logits"]`, or the only one in a tuple
-    that could be it.
+    """The logits in a model's output: a tensor, `.logits`, `["logits"]`, or the only tensor of
+    a tuple that could be it.
 
-    Raises TypeError where there is none, or more than one tensor of shape (N, C).
+    Raises TypeError where no tensor, or more than one, has the shape (N, C).
     """
     if isinstance(output, Tensor):
         return output
@@ -101,7 +101,7 @@ def _require_logits(logits: Tensor, call: Call) -> None:
     if _are_probabilities(logits.detach()):
         raise ValueError(
             "the model returned probabilities (every row is positive and sums to 1), whose "
-            "cross-entropy is another loss than the one it was trained with; return the logits "
+            "cross-entropy is not the loss that it was trained with; return the logits "
             "from before the softmax, or their logarithm, which cross-entropy leaves as it is: "
             f"{call.loss(output='.log()')} ({SCORED})"
         )

@@ -31,7 +31,7 @@ class Samples:
     """The distinct samples behind a loader or a data set, and how they become batches.
 
     `indices` is None where only walking tells which samples there are (an IterableDataset, a loader
-    without batching, a wrapper that makes batches its own way): `stream` is then walked.
+    without batching, a wrapper that makes other batches): `stream` is then walked.
     """
 
     dataset: Any
@@ -143,11 +143,11 @@ def samples_of(
     batch_size: int | None = None,
     collate_fn: Any = None,
 ) -> Samples:
-    """The distinct samples of a DataLoader, of what wraps one, or of a Dataset, whatever its order,
+    """The distinct samples of a DataLoader, of its wrapper, or of a Dataset, whatever its order,
     shuffling or drop_last; Samples are returned as they are.
 
-    Raises ValueError for an empty set and for a sampler that repeats samples or draws others in
-    each pass, TypeError for anything else.
+    Raises ValueError for an empty set and for a sampler that repeats samples or draws different
+    ones in each pass, TypeError for anything else.
     """
     if isinstance(data, Samples):
         return data

@@ -25,7 +25,7 @@ _SHOWN = 10
 
 class Part(Subset[Any]):
     """Some samples of a data set, under the evaluation transform if one was given; `training` has
-    the same samples under the data set's own transform, for the loop."""
+    the same samples under the data set's transform, for the loop."""
 
     def __init__(self, dataset: Any, indices: list[int], training: Any) -> None:
         super().__init__(dataset, indices)
@@ -40,12 +40,13 @@ def split(
     where: Condition | None = None,
     transform: Callable[..., Any] | None = None,
 ) -> tuple[Part, Part]:
-    """(forget, retain): the samples that are named, by any of the three, and all others.
+    """(forget, retain): the samples that any of the three names, and the rest.
 
-    `indices`: positions, a mask of one bool a sample, or files (as much of the end of the path as
-    names a single sample); `classes`: names or class indices; `where`: a function of a sample, or
-    column -> value, or several values, of a Hugging Face data set. `transform`: the evaluation
-    transform, under which both parts are measured; `retain.training` keeps the data set's own.
+    `indices`: positions, a mask with a bool for each sample, or files (as much of the end of the
+    path as names a single sample); `classes`: names or class indices; `where`: a function of a
+    sample, or column -> value, or several values, of a Hugging Face data set. `transform`: the
+    evaluation transform, under which both parts are measured; `retain.training` keeps the data
+    set's.
 
     Raises ValueError with every entry that is unknown or ambiguous, and if a part would be empty;
     TypeError for a data set that does not know what it is asked for.
@@ -91,7 +92,9 @@ def _by_indices(dataset: Any, entries: Any, problems: list[str]) -> set[int]:
     count = len(dataset)
     if entries and all(isinstance(entry, bool | np.bool_) for entry in entries):
         if len(entries) != count:
-            raise ValueError(f"a mask needs {count} entries, one a sample, got {len(entries)}")
+            raise ValueError(
+                f"a mask needs {count} entries, one for each sample, got {len(entries)}"
+            )
         return {i for i, entry in enumerate(entries) if entry}
     chosen: set[int] = set()
     named: list[PurePath] = []
@@ -129,12 +132,12 @@ def _by_files(dataset: Any, named: list[PurePath], problems: list[str]) -> set[i
             "the samples by their indices"
         )
     chosen: set[int] = set()
-    for path, found in zip(named, places, strict=True):
-        if len(found) == 1:
-            chosen.add(found[0])
-        elif found:
-            examples = ", ".join(str(known[i]) for i in found[:2])
-            problems.append(f"file {str(path)!r} ({len(found)} samples: {examples})")
+    for path, positions in zip(named, places, strict=True):
+        if len(positions) == 1:
+            chosen.add(positions[0])
+        elif positions:
+            examples = ", ".join(str(known[i]) for i in positions[:2])
+            problems.append(f"file {str(path)!r} ({len(positions)} samples: {examples})")
         else:
             problems.append(f"file {str(path)!r} (no sample is read from it)")
     return chosen
@@ -149,14 +152,14 @@ def _by_classes(dataset: Any, entries: Any, problems: list[str]) -> set[int]:
     wanted: set[int] = set()
     for entry in entries:
         if isinstance(entry, str):
-            found = names.get(entry, [])
-            if len(found) > 1:
-                problems.append(f"class {entry!r} (the name of the classes {found})")
-            elif not found:
+            called = names.get(entry, [])
+            if len(called) > 1:
+                problems.append(f"class {entry!r} (the name of the classes {called})")
+            elif not called:
                 problems.append(f"class {entry!r} ({_close(entry, names)})")
-            elif found[0] not in present:
+            elif called[0] not in present:
                 problems.append(f"class {entry!r} (no sample has it)")
-            wanted.update(found)
+            wanted.update(called)
         elif isinstance(entry, bool) or not isinstance(entry, int | np.integer):
             problems.append(f"class {entry!r} (neither a name nor a class index)")
         elif int(entry) not in present:
@@ -187,9 +190,9 @@ def _by_condition(dataset: Any, condition: Condition, problems: list[str]) -> se
         values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
         for each in values:
             if each not in held:
-                kinds = sorted({repr(one) for one in held[:1000]})[:3]
+                kinds = sorted(set(map(repr, held[:1000])))[:3]
                 problems.append(f"{name}={each!r} (no sample has it; there are {kinds})")
-        chosen &= {i for i, one in enumerate(held) if one in values}
+        chosen &= {i for i, entry in enumerate(held) if entry in values}
     if not chosen and not problems:
         problems.append(f"where={dict(condition)!r} (true of no sample)")
     return chosen
@@ -204,7 +207,7 @@ def _close(entry: str, known: Iterable[str]) -> str:
 
 
 def _transformed(dataset: Any, transform: Callable[..., Any]) -> Any:
-    """The same data set, under another transform; the user's own object keeps its transform."""
+    """A copy of the data set with this transform; the user's object keeps its transform."""
     if isinstance(dataset, Subset):
         return Subset(_transformed(dataset.dataset, transform), dataset.indices)
     if isinstance(dataset, ConcatDataset):

@@ -1,4 +1,4 @@
-"""What is known of its samples only by walking: streams, and loaders that make batches their way.
+"""Data whose samples only a walk shows: streams, and loaders that make batches in their way.
 
 Each sample counts once, as far as its content tells; a walk has an end; and every walk has to give
 as many samples as the first.
@@ -57,15 +57,15 @@ class Stream:
             warnings.warn(
                 f"{repeats} samples of {self.name} came again in the same pass, with the same "
                 f"content; each of the {len(seen)} distinct samples is counted once; pass a "
-                "Dataset with a length if they are samples of their own",
+                "Dataset with a length if each of them is to count",
                 UserWarning,
                 stacklevel=2,
             )
 
     def changes(self) -> bool:
-        """Whether the samples have other content in another walk; walks once more to see.
+        """Whether the content of the samples changes from walk to walk; walks once more to see.
 
-        Raises ValueError if the number of samples is another one.
+        Raises ValueError if the number of samples changes.
         """
         if self._changes is None:
             with random_state.kept():
@@ -78,14 +78,14 @@ class Stream:
     def _require_end(self, distinct: int, repeats: int) -> None:
         most = MOST if self.length is None else self.length
         if distinct > most or repeats > _REPEATS + 10 * distinct:
-            told = (
+            length = (
                 f"its length says {self.length}"
                 if self.length is not None
                 else "it has no length and no end in sight"
             )
             raise ValueError(
                 f"{self.name} is a stream that gave {distinct + repeats} samples, {distinct} of "
-                f"them distinct, and goes on: {told}; pass a Dataset with a length, or a stream "
+                f"them distinct, and goes on: {length}; pass a Dataset with a length, or a stream "
                 "that ends, with its number of samples as __len__"
             )
 

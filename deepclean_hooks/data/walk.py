@@ -52,15 +52,15 @@ def walk_together(
     """As many batches on every rank, of the same size: (batch, how many of its first samples
     count), for a model whose forward pass is a collective. `ids`: as for `walk`.
 
-    A rank with fewer samples than the others repeats some, one with none left its last batch, and
-    these do not count. An error in reading is raised on all ranks.
+    A rank with fewer samples than the others repeats some, a rank with none left repeats its last
+    batch, and repeated samples do not count. An error in reading is raised on all ranks.
     """
-    own = walk(source, device=device, dtype=dtype, progress=progress, ids=ids)
+    mine = walk(source, device=device, dtype=dtype, progress=progress, ids=ids)
     kept: Batch | None = None
     while True:
         counted = 0
         with ranks.fail_together():
-            batch = next(own, None)
+            batch = next(mine, None)
             if batch is not None:
                 kept, counted = batch, batches.size(batch)
         most = max(ranks.gather(counted))

@@ -1,5 +1,5 @@
-"""Membership inference by one number a sample: each attack with its feature, its attacker, what it
-was fitted on and which way its figures point.
+"""Membership inference by a number for each sample: each attack with its feature, its attacker,
+what it was fitted on and which way its figures point.
 
 N: samples. In every attack members are 1 and non-members 0, and a score is higher for a member.
 """
@@ -61,7 +61,7 @@ def unseen_like(outputs: dict[str, Outputs]) -> tuple[Outputs | None, str]:
     """The test samples that resemble the forget set, and in words which they are (or why none).
 
     `forget_test` if there is one, else the test samples of the classes that occur in the forget
-    set: the other classes would be told apart by their class.
+    set: an attacker would recognise samples of other classes by their class.
     """
     if "forget_test" in outputs:
         return outputs["forget_test"], "forget_test"
@@ -84,7 +84,7 @@ def confidence_svc(outputs: dict[str, Outputs]) -> Attack:
     """SalUn's "MIA-efficacy": the share of forget samples that a support vector machine calls
     non-members."""
     attack = Attack(
-        feature="probability of the sample's own label",
+        feature="probability of the sample's true label",
         attacker='sklearn.svm.SVC(C=3, gamma="auto", kernel="rbf")',
         fitted_on="as many retain samples (members) as test samples (non-members); of more than "
         f"{MOST_FITTED} each, {MOST_FITTED} spread evenly over their sorted confidences and "
@@ -118,9 +118,9 @@ def loss_regression(outputs: dict[str, Outputs]) -> Attack:
         feature=f"cross-entropy loss, clipped at {LARGEST:g} nats",
         attacker='sklearn.linear_model.LogisticRegression(class_weight="balanced")',
         fitted_on=f"the forget set against {words}; {FOLDS} folds, each scored by a fit on the "
-        "others; folds are dealt out in the order of the losses, so that no seed matters",
+        "other folds; folds are dealt out in the order of the losses, so that no seed matters",
         orientation="balanced accuracy in per cent on samples that it was not fitted on: 50 is "
-        "best (forget samples look like unseen ones), 100 tells every one",
+        "best (forget samples look like unseen samples), 100 recognises every sample",
     )
     if unseen is None:
         return attack.without("accuracy", words)
@@ -160,7 +160,7 @@ THRESHOLDS: dict[str, tuple[str, Callable[[Outputs], Tensor]]] = {
     "confidence": ("probability of the predicted class", lambda o: o.highest),
     "entropy": ("minus the entropy of the softmax output", lambda o: -o.entropy),
     "modified_entropy": ("minus the modified entropy", lambda o: -o.modified_entropy),
-    "margin": ("logit of the own label minus logsumexp of the others", lambda o: o.margin),
+    "margin": ("logit of the true label minus logsumexp of the other logits", lambda o: o.margin),
 }
 
 

@@ -33,7 +33,7 @@ from deepclean_hooks.metrics.probe import linear_probe
 from deepclean_hooks.metrics.rmia import rmia
 
 Gold = nn.Module | Evaluation | Sequence[nn.Module | Evaluation]
-"""What a model is compared with: one or several, trained without the forget set."""
+"""The model or models, trained without the forget set, that a model is compared with."""
 
 
 def evaluate(
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def several(gold: Gold | None) -> list[nn.Module | Evaluation]:
-    """The gold models or Evaluations one by one; raises TypeError for anything else."""
+    """The gold models or Evaluations as a list; raises TypeError for anything else."""
     if gold is None:
         return []
     # Not whatever can be iterated over: nn.Sequential can, and a path.
@@ -182,7 +182,7 @@ def _attacks(outputs: dict[str, Outputs]) -> dict[str, Attack]:
 
 
 def require_same_data(gold: Evaluation, sets: Mapping[str, Samples]) -> None:
-    """Raises ValueError for a gold Evaluation that lacks one of the sets."""
+    """Raises ValueError for a gold Evaluation that lacks a set."""
     missing = [name for name in sets if name not in gold.sets]
     if missing:
         raise ValueError(

@@ -46,13 +46,13 @@ class SetScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one model, by set name, and the same of the gold models if any were given.
+    """The figures of one model, by set name, and those of the gold models, if any were given.
 
     `attacks` by name, that of DeepClean and SSD as `entropy_regression`; `distances` are to the
     gold models. `gaps`: this model's figures minus the mean of the gold models' (`golds`, of which
     `gold` is the first); `spread`: each figure among the gold models.
-    `seconds` is the wall-clock time spent on this model. `outputs` holds the outputs by sample, for
-    figures of your own, and is not part of `to_dict`.
+    `seconds` is the wall-clock time spent on this model. `outputs` holds the outputs by sample, to
+    compute more figures from, and is not part of `to_dict`.
     """
 
     sets: dict[str, SetScore]

@@ -98,14 +98,14 @@ def compared(forget: Answers, unseen: Answers) -> Forgetting:
     )
 
 
-def accuracy(found: Answers) -> float:
-    """The share of samples whose own class has the highest probability."""
-    return float((found.probabilities.argmax(1) == found.labels).double().mean())
+def accuracy(given: Answers) -> float:
+    """The share of samples whose true class has the highest probability."""
+    return float((given.probabilities.argmax(1) == given.labels).double().mean())
 
 
-def _larger(one: Tensor, other: Tensor) -> float:
-    """How often a value of `one` is larger than one of `other`; a tie counts half."""
-    ordered = other.sort().values
-    below = torch.searchsorted(ordered, one, side="left")
-    up_to = torch.searchsorted(ordered, one, side="right")
-    return float((below + up_to).double().mean()) / (2 * len(other))
+def _larger(first: Tensor, second: Tensor) -> float:
+    """How often a value of `first` is larger than a value of `second`; a tie counts half."""
+    ordered = second.sort().values
+    below = torch.searchsorted(ordered, first, side="left")
+    up_to = torch.searchsorted(ordered, first, side="right")
+    return float((below + up_to).double().mean()) / (2 * len(second))

@@ -18,7 +18,7 @@ EDGES = {
 
 
 def histograms(outputs: Outputs) -> dict[str, list[int]]:
-    """How many samples fall in each bin of the own label's probability and of the loss (nats)."""
+    """How many samples fall in each bin of the true label's probability and of the loss (nats)."""
     return {
         "confidence": _counts(outputs.confidence, EDGES["confidence"]),
         "loss": _counts(outputs.loss, EDGES["loss"]),

@@ -1,4 +1,4 @@
-"""One forward pass of a model over a set: what is kept of it for every figure that follows.
+"""A forward pass of a model over a set: what is kept of it for every figure.
 
 N: samples of the set, C: classes, D: features before the last linear layer.
 """

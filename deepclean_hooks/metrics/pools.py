@@ -32,8 +32,8 @@ def margins(
 ) -> Tensor:
     """z_y - logsumexp of the other logits, of each model on each sample, (M, N) float64.
 
-    One model at a time is held, so `models` may be a generator. Equal to logit(p_y), the rescaled
-    logit of LiRA, in a form that does not overflow.
+    Only one model is held at a time, so `models` may be a generator. Equal to logit(p_y), the
+    rescaled logit of LiRA, in a form that does not overflow.
     """
     source = samples_of(data, name="data", batch_size=batch_size, collate_fn=collate_fn)
     rows = [collect(model, source, "data").margin.clamp(-CLIP, CLIP) for model in models]
@@ -50,12 +50,13 @@ def ulira(unlearned: Tensor, retrained: Tensor) -> Attack:
     (M2, N): of models trained without them. Each model is judged by Gaussians fitted to all others.
     """
     attack = Attack(
-        feature="margin (rescaled logit) of the own label",
+        feature="margin (rescaled logit) of the true label",
         attacker="likelihood ratio of two Gaussians, one pair for each sample",
         fitted_on=f"{len(unlearned)} unlearned and {len(retrained)} retrained models, each judged "
         "by a fit on the others",
-        orientation="accuracy in per cent: 50 is best, 100 means an unlearned model is told from a "
-        "retrained one by each sample; auc: 0.5 is best; tpr: of the unlearned ones, in per cent",
+        orientation="accuracy in per cent: 50 is best, 100 means that each sample tells an "
+        "unlearned model from a retrained one; auc: 0.5 is best; tpr: of the unlearned models, in "
+        "per cent",
     )
     _require_pools(unlearned, retrained)
     if min(len(unlearned), len(retrained)) < 3:
@@ -140,7 +141,7 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _shares(pool: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The share of models in each bin, (BINS, N), the largest margin in the last one."""
+    """The share of models in each bin, (BINS, N), the largest margin in the last bin."""
     width = (high - low).clamp_min(torch.finfo(torch.float64).tiny)
     at = ((pool - low) / width * BINS).long().clamp(0, BINS - 1)  # (M, N)
     counts = torch.zeros(BINS, pool.shape[1], dtype=torch.float64)

@@ -27,7 +27,7 @@ def scores(
 ) -> Tensor:
     """The share of the population that each sample dominates, (N,): higher for members.
 
-    `target` (N,) and `population` (Z,): probabilities of the own label under the model attacked;
+    `target` (N,) and `population` (Z,): probabilities of the true label under the model attacked;
     `reference` and `population_reference`: the same under models that saw neither, mean of K.
     """
 
@@ -45,7 +45,7 @@ def rmia(model: Sets, references: Sequence[Sets]) -> Attack:
     """The attack on one model; every reference was trained without the forget set."""
     unseen, words = unseen_like(model)
     attack = Attack(
-        feature="likelihood ratio of the own label's probability, model over reference models, "
+        feature="likelihood ratio of the true label's probability, model over reference models, "
         f"against that of other unseen samples (gamma {GAMMA:g}, offline a {OFFLINE:g})",
         attacker="a threshold on the share of unseen samples that it dominates",
         fitted_on=f"{len(references)} gold models as references; the population is every second of "
@@ -56,7 +56,7 @@ def rmia(model: Sets, references: Sequence[Sets]) -> Attack:
     if unseen is None:
         return attack.without("auc", words)
     if not references:
-        reason = "it needs reference models: pass gold=[...]; a gold's own figure needs another"
+        reason = "it needs reference models: pass gold=[...]; a gold model needs another gold"
         return attack.without("auc", reason)
     if len(unseen.confidence) < 4:
         count = len(unseen.confidence)

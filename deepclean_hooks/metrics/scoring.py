@@ -28,13 +28,12 @@ def scored(
 ) -> Evaluation | str:
     """`evaluate` of the model on the sets, or the reason why it was not computed.
 
-    A run by a loss of the user's own may have batches, labels and models that scoring cannot read;
-    by the default loss only their form is such a reason, and other errors are raised. With
-    `whatever` every error is one: at the end of a run none may take its account along.
+    A run with the user's `loss_fn` may have batches, labels and models that scoring cannot read.
+    With the default loss only a TypeError is a reason, and other errors are raised. With `whatever`
+    every error is a reason: at the end of a run no error may cost the report.
     """
-    own = loss_fn is not None and loss_fn is not losses.cross_entropy
     reasons: tuple[type[Exception], ...] = (TypeError,)
-    if own:
+    if loss_fn not in (None, losses.cross_entropy):
         reasons = (TypeError, ValueError, NotImplementedError)
     if whatever:
         reasons = (Exception,)
@@ -51,7 +50,7 @@ def require_comparable(gold: Gold | None, sets: Mapping[str, Samples], before: E
 
     All ranks call this together.
     """
-    own = before.outputs["forget"].logits if "forget" in before.outputs else None
+    scored = before.outputs["forget"].logits if "forget" in before.outputs else None
     for known in several(gold):
         if isinstance(known, Evaluation):
             require_same_data(known, sets)
@@ -61,8 +60,8 @@ def require_comparable(gold: Gold | None, sets: Mapping[str, Samples], before: E
                 continue
             few = dataclasses.replace(source, indices=source.indices[:_FEW])
             logits = collect(known, few, name, logits=True).logits
-            if own is not None and logits is not None and own.shape[1] != logits.shape[1]:
+            if scored is not None and logits is not None and scored.shape[1] != logits.shape[1]:
                 raise ValueError(
-                    f"a gold model has {logits.shape[1]} classes and the model {own.shape[1]}; "
+                    f"a gold model has {logits.shape[1]} classes and the model {scored.shape[1]}; "
                     "pass as gold= models of the same classes, retrained without the forget set"
                 )

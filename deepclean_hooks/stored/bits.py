@@ -31,9 +31,9 @@ def require_comparable(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def differing(one: Tensor, other: Tensor) -> Tensor:
-    """True where two tensors of one shape and dtype differ in at least one bit."""
-    return bits(one) != bits(other)
+def differing(first: Tensor, second: Tensor) -> Tensor:
+    """True where two tensors of the same shape and dtype differ in at least one bit."""
+    return bits(first) != bits(second)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -64,7 +64,7 @@ class Unknown:
         self.parts = parts
 
     def __setstate__(self, state: Any) -> None:
-        # One that was made without __init__, as copyreg does, has no parts yet.
+        # An object made without __init__, as copyreg does, has no parts yet.
         self.parts = (*getattr(self, "parts", ()), state)
 
     def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
@@ -98,7 +98,7 @@ def read(path: str | os.PathLike[str]) -> Any:
     try:
         if where.suffix == ".safetensors":
             return load_file(where)
-        # torch warns of formats and layouts, which are no business of who only reads.
+        # torch warns of formats and layouts, which a reader need not know.
         with warnings.catch_warnings(), torch.serialization.safe_globals(_inert(where)):
             warnings.simplefilter("ignore")
             return torch.load(where, map_location="cpu", weights_only=True)

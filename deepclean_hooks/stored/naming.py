@@ -24,20 +24,20 @@ class Naming:
     renamed: tuple[tuple[str, str], ...] = ()
 
 
-def naming(stored: Mapping[str, str], told: Mapping[str, str]) -> Naming:
+def naming(stored: Mapping[str, str], ours: Mapping[str, str]) -> Naming:
     """Names of a file's tensors against the model's, both with the digests of their content.
 
     A name that differs by wrappers or by a prefix of all names is recognised whatever the content.
     What is left is matched by content, where each tensor serves once, and only by renamings that a
-    library could do: one pattern of names for one other, with the same numbers in the same order.
-    So two layers that were exchanged do not match.
+    library could do: each pattern of names for one other pattern, with the same numbers in the same
+    order. So two layers that were exchanged do not match.
     """
-    model = by_name(list(stored), list(told))
+    model = by_name(list(stored), list(ours))
     taken = set(model.values())
     left = [name for name in stored if name not in model]
-    open_names = [name for name in told if name not in taken]
+    open_names = [name for name in ours if name not in taken]
     pairs = _by_content(
-        {name: stored[name] for name in left}, {name: told[name] for name in open_names}
+        {name: stored[name] for name in left}, {name: ours[name] for name in open_names}
     )
     return Naming({**model, **dict(pairs)}, tuple(pairs))
 
@@ -47,12 +47,12 @@ def plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def by_name(stored: list[str], told: list[str]) -> dict[str, str]:
+def by_name(stored: list[str], ours: list[str]) -> dict[str, str]:
     """The model's name for each name in a file that differs from it by wrappers or by a prefix of
     all names."""
     best: dict[str, str] = {}
     for mine in _without_prefix(stored):
-        for theirs in _without_prefix(told):
+        for theirs in _without_prefix(ours):
             model = {short: name for name, short in theirs.items()}
             hits = {name: model[short] for name, short in mine.items() if short in model}
             if len(hits) > len(best):
@@ -75,10 +75,10 @@ def _without_prefix(names: list[str]) -> Iterable[dict[str, str]]:
         cut += 1
 
 
-def _by_content(stored: Mapping[str, str], told: Mapping[str, str]) -> list[tuple[str, str]]:
+def _by_content(stored: Mapping[str, str], ours: Mapping[str, str]) -> list[tuple[str, str]]:
     of_digest: dict[str, list[str]] = {}
-    for name in sorted(told):
-        of_digest.setdefault(told[name], []).append(name)
+    for name in sorted(ours):
+        of_digest.setdefault(ours[name], []).append(name)
     counts = Counter(stored.values())
     sure, alike = [], []
     for name in sorted(stored):

@@ -35,7 +35,7 @@ class Originals:
     def back(self, now: Mapping[str, Tensor]) -> dict[str, int]:
         """How many of them hold their old bits again; none where a tensor has another form
         now, or is gone."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for name, old in self._old.items():
             if name not in now:  # pruned, parametrized: the guard says so
                 continue
@@ -43,5 +43,5 @@ class Originals:
             changed = self._changed[name]
             if here.shape == changed.shape and bits(here).dtype == old.dtype:
                 held = bits(here)[changed.to(here.device)] == old.to(here.device)
-                found[name] = int(torch.count_nonzero(held))
-        return found
+                counts[name] = int(torch.count_nonzero(held))
+        return counts

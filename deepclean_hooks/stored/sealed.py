@@ -40,8 +40,8 @@ def opened(sealed: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The session's state again; raises BrokenRun if it was altered. `where` is for the error."""
     if sealed.get("format") == _EARLIER:
         raise BrokenRun(
-            f"the run in {where} was stored by an earlier version, which made other digests of the "
-            "weights; finish it with that version"
+            f"the run in {where} was stored by an earlier version, whose digests of the weights "
+            "differ; finish it with that version"
         )
     if sealed.get("format") != _FORMAT or not isinstance(sealed.get("run"), Mapping):
         raise BrokenRun(f"{where} holds no unlearning run (format {sealed.get('format')!r})")

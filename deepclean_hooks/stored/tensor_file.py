@@ -96,18 +96,19 @@ def read(
             whole = file.get_tensor(name)
             digests[name] = bits.digest({"": whole})
             tensors[name] = keep(name, whole.to(device))
-    told = metadata.pop(_DIGEST, None)
-    if told is not None and told != _digest(digests, metadata):
+    written = metadata.pop(_DIGEST, None)
+    if written is not None and written != _digest(digests, metadata):
         raise ValueError(
             f"{where} is damaged: its content does not fit the digest that it was written with; "
             "restore it from a backup, or measure again and save"
         )
-    return tensors, metadata, told is not None
+    return tensors, metadata, written is not None
 
 
 @contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Errors of the library become a ValueError with the path; a missing file stays one."""
+    """Errors of the library become a ValueError with the path; a missing file stays a
+    FileNotFoundError."""
     try:
         yield
     except FileNotFoundError:

@@ -148,11 +148,11 @@ def test_a_subset_is_the_subset() -> None:
 REFUSED = {
     "some, others next time": (
         lambda: RandomSampler(range(COUNT), num_samples=3),
-        "RandomSampler.* draws other samples in each pass: 3 and then 3",
+        "RandomSampler.* draws different samples in each pass: 3 and then 3",
     ),
     "twenty, then ten": (
         lambda: Drawn(lambda s: range(30 - 10 * s.passes)),
-        "Drawn.* draws other samples in each pass: 20 and then 10, 10 of them the same, of 50",
+        "Drawn.* draws different samples in each pass: 20 and then 10, 10 of them the same, of 50",
     ),
     "weights": (
         lambda: WeightedRandomSampler([1.0] * COUNT, COUNT),
@@ -160,7 +160,7 @@ REFUSED = {
     ),
     "weights, part": (
         lambda: WeightedRandomSampler([1.0] * COUNT, 20, replacement=False),
-        "draws other samples in each pass: 20 and then 20",
+        "draws different samples in each pass: 20 and then 20",
     ),
     "never ends": (lambda: Drawn(lambda s: itertools.cycle(range(COUNT))), "repeats samples: 1500"),
     "with replacement": (
