@@ -43,6 +43,7 @@ WEIGHTS = {name: torch.full_like(total, 2.0) for name, total in FORGET.sums.item
 
 
 @pytest.mark.filterwarnings("ignore:.* of the reset entries are dead:UserWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [

@@ -149,6 +149,7 @@ def test_other_models_in_one_line(name: str, tmp_path: Path) -> None:
     assert torch.equal(output["loss"], F.cross_entropy(output["logits"], labels))
 
 
+@pytest.mark.slow
 def test_compiled_training(tmp_path: Path) -> None:
     """Fails if torch.compile hides the model from the measurement, or its names are taken."""
     model = timm_vit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import sys
@@ -470,6 +471,7 @@ def run_all(checks: dict[str, Callable[[int], Any]], folder: Path) -> None:
     # A check that hangs fails after a minute instead of for ever.
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, found = dist.get_rank(), {}
+    gc.freeze()  # as tests/conftest.py does
     for name, check in checks.items():
         try:
             found[name] = check(rank)

@@ -9,7 +9,7 @@ from lab import distributed_additive as worker
 from lab.methods import ADDITIVE
 from lab.processes import Results, each, found_by_ranks, worst
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

@@ -273,6 +273,7 @@ def on_one_of_two_ranks(rank: int) -> dict[str, object]:
     return {"figures": found.figures(), "forget": found.sets["forget"].count}
 
 
+@pytest.mark.slow
 def test_two_ranks_count_each_sample_once(tmp_path: Path) -> None:
     """Fails if the 8th draw with which DistributedSampler evens out 7 samples is counted.
 

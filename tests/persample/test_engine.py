@@ -145,7 +145,13 @@ def test_windows_of_every_geometry(
 @pytest.mark.parametrize("budget", [1, 2**15])
 @pytest.mark.parametrize(
     "name",
-    ["convolutions", "torchvision resnet18", "timm vit_tiny", "timm convnext_atto", "timm levit"],
+    [
+        "convolutions",
+        "torchvision resnet18",
+        "timm vit_tiny",
+        pytest.param("timm convnext_atto", marks=pytest.mark.slow),
+        pytest.param("timm levit", marks=pytest.mark.slow),
+    ],
 )
 def test_ways_of_an_accelerator(name: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if what the rules do on a GPU, here done on the CPU, gives another number, or leaves

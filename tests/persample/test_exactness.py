@@ -13,8 +13,23 @@ LOOPED = {
     "custom function": {"weight"},
 }
 
+# Several seconds each; their layers are in other models of the table too.
+LONG = {
+    "timm coatnet",
+    "timm efficientnet_lite0",
+    "timm levit",
+    "timm mobilevit_xxs",
+    "timm nf_regnet_b0, norm-free",
+    "timm poolformer_s12",
+    "torchvision regnet_y_400mf",
+    "torchvision vgg11_bn",
+}
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in CASES],
+)
 def test_equals_one_sample_at_a_time(name: str) -> None:
     """Fails if any rule, layout, pull-back or fallback is wrong, or if a parameter silently leaves
     the fast path."""

@@ -16,6 +16,8 @@ from lab import reference
 from lab import sharded_worker as worker
 from lab.processes import Results, each, found_by_ranks, worst
 
+pytestmark = pytest.mark.slow  # the launch; test_collectives.py has the first check of FSDP2
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:

@@ -550,6 +550,7 @@ def damaged(told: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{part}.{name} left out", altered
 
 
+@pytest.mark.slow
 def test_malformed_reports_end_in_one_line(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
