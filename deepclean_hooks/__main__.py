@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from deepclean_hooks.cli import program
-from deepclean_hooks.cli.parser import Misused, Parser
+from deepclean_hooks.cli.parser import Misused, Parser, refuse
 from deepclean_hooks.report import html, small_sets, stored_report
 from deepclean_hooks.report.printable import printable, shortened
 from deepclean_hooks.report.verify import unvouched, verify
@@ -19,12 +19,14 @@ from deepclean_hooks.stored.files import write_text
 def main(arguments: list[str] | None = None) -> int:
     """0 if all went well, 1 if a check does not hold, 2 for what cannot be followed or read."""
     try:
-        given = _parser().parse_args(arguments)
+        given, unknown = _parser().parse_known_args(arguments)
+        if given.command not in program.COMMANDS:
+            refuse(unknown, [])
     except Misused as reason:
         _say(str(reason), sys.stderr)
         return 2
     if given.command in program.COMMANDS:
-        return program.run(vars(given))
+        return program.run(vars(given), unknown)
     try:
         return _verify(given) if given.command == "verify" else _page(given)
     except Exception as reason:  # whatever a damaged file brings about, its reader gets one line

@@ -48,6 +48,7 @@ def unlearn(
     seed: int = 0,
     optimizer: MakeOptimizer | None = None,
     stop: WhenForgotten | None = None,
+    measured: Measurement | None = None,
     resume: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     folder: str | Path | None = None,
@@ -65,10 +66,13 @@ def unlearn(
     and the retain set is back; if that never happens, the report's warnings say so. `resume` and
     `folder` are those of `unlearning`, the options those of `Session`.
 
-    `checkpoint`: a file in which the run is stored from the reset on, after every epoch and every
-    minute. Where it is there already, the same call on the original model goes on with the run, to
-    the same bits; remove it once the weights are stored. A method that orders its batches by itself
-    begins anew.
+    `measured`: a stored measurement of `retain`, or of the whole training set, so that `forget`
+    alone is measured.
+
+    `checkpoint`: a file in which the run is stored while it trains, after each epoch and about once
+    a minute. Where it is there already, the same call on the original model goes on with that run,
+    to the same bits; remove it once the weights are stored. A method that orders its batches by
+    itself begins anew.
 
     Under `torchrun` or `accelerate launch` the processes share each batch, so that the recipe is
     the same on any number of them, and end with the same model; an incomplete last batch is filled
@@ -79,8 +83,7 @@ def unlearn(
     if isinstance(retain, Measurement):
         raise TypeError(
             f"unlearn() trains on the retain set, and a stored {retain.noun} has no samples; pass "
-            "the set itself, or give the stored one to unlearning(..., retain=stored) around your "
-            "own loop"
+            "the set itself, and the stored one as measured="
         )
     for name, count in (("epochs", epochs), ("steps", 1 if steps is None else steps)):
         if not isinstance(count, int) or count < 1:
@@ -114,7 +117,9 @@ def unlearn(
         run = LoopRun(wrapped, method, folder=folder, **options)
         make = optimizer or _adam(lr)
         watch = None if stop is None else Watch(stop, wrapped, kept)
-        with Unlearning(run, forget, retain, resume, ()):
+        if measured is not None:
+            run.watch(retain=retain)
+        with Unlearning(run, forget, measured or retain, resume, ()):
             gone = samples_of(forget, name="forget", **reading)
             if run.trains and not method.own_training:
                 total = steps or epochs * per_epoch

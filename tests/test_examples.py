@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-from lab.processes import ROOT, in_child
+import pytest
+
+from lab import pictures
+from lab.processes import ROOT, environment, in_child
 
 ROWS = ["original", "gold", "zeroed only", "DeepClean", "fine-tune"]
 
@@ -30,3 +35,22 @@ def test_forget_digits_forgets(tmp_path: Path) -> None:
     assert by_class["DeepClean"]["forget"] < 10
     assert by_class["DeepClean"]["retain"] > by_class["zeroed only"]["retain"] - 5
     assert by_class["DeepClean"]["moved"] == 0
+
+
+@pytest.mark.slow
+def test_forget_folder(tmp_path: Path) -> None:
+    """Fails if the shell script does not unlearn, or its verification does not hold."""
+    pictures.case(tmp_path)
+    given = ["net.pth.tar", "train", "delete.txt", "out", *pictures.COMMON, "--epochs", "1"]
+    script = str(ROOT / "examples" / "forget_folder.sh")
+    ran = subprocess.run(
+        ["bash", script, pictures.MODEL, *given],
+        cwd=tmp_path,
+        env=environment(PYTHON=sys.executable),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "checks hold" in ran.stdout
+    assert (tmp_path / "out" / "net.pth.tar").is_file()

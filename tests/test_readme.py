@@ -1,6 +1,7 @@
 """Every Python snippet of the README runs as it stands, given a model and loaders."""
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from deepclean_hooks.__main__ import main
+from lab import pictures
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
@@ -73,6 +77,21 @@ def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             names["lightning_module"] = lightning_module(names["model"])
         exec(compile(SNIPPETS[index], f"README.md snippet {index}", "exec"), names)
     assert "deepclean" in SNIPPETS[index] or "Trainer" in SNIPPETS[index]
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the command does not run as it stands, on a small network of another name."""
+    (snippet,) = re.findall(
+        r"```bash\n(deepclean-hooks .*?)```", README.read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    pictures.write(tmp_path / "photos")
+    pictures.write(tmp_path / "photos-test", each=2, seed=1)
+    torch.save(pictures.weights(), "resnet18.pth")
+    (tmp_path / "delete.txt").write_text("ant/03.png\n", encoding="utf-8")
+    words = shlex.split(snippet.replace("timm:resnet18", pictures.MODEL).replace("\\\n", " "))
+    assert main(words[1:]) == 0
+    assert (tmp_path / "unlearned" / "report.html").is_file()
 
 
 def test_snippets_were_found() -> None:

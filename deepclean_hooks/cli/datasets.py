@@ -23,24 +23,21 @@ class DataOptions:
         str,
         "the training data: a folder of class folders; a .csv, .tsv or .parquet of paths and "
         "labels; a folder of Hugging Face's datasets (FOLDER:SPLIT where it has several); "
-        "torchvision:NAME",
+        "torchvision:NAME, torchvision:NAME:test",
     ]
-    test: Annotated[str | None, "test data, as --data, to be scored on"] = None
-    held_out: Annotated[
-        str | None, "data, as --data, that are neither training nor test data, for methods that ask"
-    ] = None
     root: Annotated[
         Path | None, "where torchvision's data lie, and what paths in a table are relative to"
     ] = None
     path_column: Annotated[str, "the column of paths, or of pictures"] = "path"
     label_column: Annotated[str, "the column of labels"] = "label"
     id_column: Annotated[
-        str | None, "the column by whose values samples without a file are named"
+        str | None, "the column by whose values samples are named, not by their paths"
     ] = None
     class_names: Annotated[
         Path | None, "a text file, a class name a line, in the order of the model's head"
     ] = None
-    batch_size: Annotated[int, "samples at once"] = 64
+    batch_size: Annotated[int, "samples at once", 1] = 64
+    workers: Annotated[int, "processes that read pictures; 0: this process does", 0] = 0
 
 
 class Pictures(Dataset[Any]):
@@ -169,12 +166,12 @@ def _table(path: Path, options: DataOptions, classes: Sequence[str] | None) -> P
                 f"{path}, line 1: there is no column {name!r} among {', '.join(columns)}; name it "
                 f"with --{option}-column"
             )
-    root = options.root or path.parent
-    names, labels = (
-        [str(each) for each in columns[options.path_column]],
-        columns[options.label_column],
-    )
-    for number, (name, label) in enumerate(zip(names, labels, strict=True), 2):
+    root, by_id = options.root or path.parent, options.id_column or options.path_column
+    if by_id not in columns:
+        raise ValueError(f"{path} has no column {by_id!r} among {', '.join(columns)}; correct it")
+    files = [str(each) for each in columns[options.path_column]]
+    labels = columns[options.label_column]
+    for number, (name, label) in enumerate(zip(files, labels, strict=True), 2):
         if label in (None, ""):
             raise ValueError(f"{path}, line {number}: {name} has no label; write one")
         if not (root / name).is_file():
@@ -186,9 +183,9 @@ def _table(path: Path, options: DataOptions, classes: Sequence[str] | None) -> P
         labels = [int(label) for label in labels]
     return Pictures(
         str(path),
-        names,
+        [str(each) for each in columns[by_id]],
         labels,
-        lambda i: _opened_file(root / names[i]),
+        lambda i: _opened_file(root / files[i]),
         classes=classes,
         columns=columns,
     )
@@ -271,7 +268,6 @@ def _hugging_face(
 def _torchvision(name: str, options: DataOptions, classes: Sequence[str] | None) -> Pictures:
     import torchvision.datasets
 
-    kind = getattr(torchvision.datasets, name, None)
     name, _, split = name.partition(":")
     kind = getattr(torchvision.datasets, name, None)
     if kind is None or options.root is None:

@@ -3,13 +3,15 @@ came."""
 
 from __future__ import annotations
 
+import copy
+import difflib
 import importlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +57,13 @@ class Loaded:
     names: dict[str, str] = field(default_factory=dict)  # in the file -> in the model
     processor: Any = None
 
+    def like(self, weights: Path) -> nn.Module:
+        """Another model of the same kind, with the weights of a file; raises ValueError as `load`
+        does."""
+        other = replace(self, model=copy.deepcopy(self.model))
+        _read_weights(other, weights, None, "the model", None)
+        return other.model
+
     def save(self, folder: Path) -> Path:
         """Writes the weights into the folder, whole or not at all, in the form in which they came:
         the same kind of file, the same names and nesting, nothing else that the file held. Returns
@@ -76,7 +85,8 @@ class Loaded:
                 nested: Any = written
                 for key in reversed(self.place.split(".") if self.place else []):
                     nested = {key: nested}
-                torch.save(nested, temporary)
+                with open(temporary, "wb") as file:  # by a path, its name would be written inside
+                    torch.save(nested, file)
         return path
 
     def _metadata(self) -> dict[str, str]:
@@ -97,7 +107,7 @@ class Loaded:
         return folder
 
 
-def load(options: ModelOptions, kept: PreprocessingOptions, classes: int | None) -> Loaded:
+def load(options: ModelOptions, kept: PreprocessingOptions, classes: int) -> Loaded:
     """The model with its weights in eval mode, its head of so many classes.
 
     Raises ValueError for a library, model, file or state_dict that does not serve, and says what is
@@ -115,11 +125,11 @@ def load(options: ModelOptions, kept: PreprocessingOptions, classes: int | None)
             f"--model {options.model}: write timm:NAME, torchvision:NAME, hf:FOLDER or "
             "module:function"
         )
-    if library in _HEADS and classes is not None:
+    if library in _HEADS:
         arguments.setdefault(_HEADS[library], classes)
     loaded = _LIBRARIES.get(library, _own)(options.model, arguments, kept)
     if options.weights is not None:
-        _read_weights(loaded, options, classes)
+        _read_weights(loaded, options.weights, options.state, options.model, classes)
     elif library in _HEADS:
         raise ValueError(
             f"--weights is missing: {options.model} has none of its own; name the file"
@@ -127,7 +137,11 @@ def load(options: ModelOptions, kept: PreprocessingOptions, classes: int | None)
     loaded.model.eval()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        loaded.model.to(device)
+        try:
+            loaded.model.to(device)
+        except Exception as reason:  # torch has several, by what is missing
+            words = " ".join(str(reason).split())[:100]
+            raise ValueError(f"--device {device} cannot be used: {words}; try cpu") from reason
     return loaded
 
 
@@ -161,7 +175,7 @@ def _timm(name: str, arguments: dict[str, Any], kept: PreprocessingOptions) -> L
     timm = _library("timm", "vision")
     short = name.partition(":")[2]
     if not short.startswith(("hf", "local-dir:")) and not timm.is_model(short.partition(".")[0]):
-        close = timm.list_models(f"*{short[:6]}*")[:3]
+        close = difflib.get_close_matches(short, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {short!r}; close are {', '.join(close) or 'none'}")
     model = _made(timm.create_model, name, short, arguments)
     return Loaded(model, *preprocessing.of_timm(model, kept))
@@ -171,7 +185,7 @@ def _torchvision(name: str, arguments: dict[str, Any], kept: PreprocessingOption
     torchvision = _library("torchvision", "vision")
     short = name.partition(":")[2]
     if short not in torchvision.models.list_models(torchvision.models):
-        close = torchvision.models.list_models(torchvision.models, include=f"*{short[:6]}*")[:3]
+        close = difflib.get_close_matches(short, torchvision.models.list_models(), n=3)
         raise ValueError(
             f"torchvision has no model {short!r}; close are {', '.join(close) or 'none'}"
         )
@@ -230,16 +244,16 @@ def _made(make: Any, name: str, first: str | None, arguments: dict[str, Any]) ->
         ) from reason
 
 
-def _read_weights(loaded: Loaded, options: ModelOptions, classes: int | None) -> None:
-    path = options.weights
-    assert path is not None
+def _read_weights(
+    loaded: Loaded, path: Path, key: str | None, name: str, classes: int | None
+) -> None:
     held = checkpoint.read(path)
     states = {p: s for p, s in checkpoint.states(held).items() if _is_plain(held, p)}
     shown = ", ".join(repr(place) for place in list(states)[:8]) or "none"
-    if options.state is not None and options.state not in states:
-        raise ValueError(f"{path} has no state_dict {options.state!r}; there are {shown}")
-    if options.state is not None:
-        states = {options.state: states[options.state]}
+    if key is not None and key not in states:
+        raise ValueError(f"{path} has no state_dict {key!r}; there are {shown}")
+    if key is not None:
+        states = {key: states[key]}
     own = loaded.model.state_dict()
     fits = {place: by_name(list(state), list(own)) for place, state in states.items()}
     whole = [place for place, names in fits.items() if len(names) == len(own)]
@@ -248,7 +262,7 @@ def _read_weights(loaded: Loaded, options: ModelOptions, classes: int | None) ->
         missing = [n for n in own if best is None or n not in fits[best].values()]
         keys = ", ".join(list(states[best])[:3]) if best is not None else "none"
         raise ValueError(
-            f"{path} does not hold the weights of {options.model}: {len(missing)} of {len(own)} "
+            f"{path} does not hold the weights of {name}: {len(missing)} of {len(own)} "
             f"tensors are missing, such as {missing[0]}; state_dicts there: {shown}; keys: {keys}; "
             "name the model that they are of"
         )

@@ -14,7 +14,7 @@ import difflib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 C = TypeVar("C")
 
@@ -27,13 +27,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are raised."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises Misused, with the names that are close to an unknown one."""
-        known = [text for action in self._actions for text in action.option_strings]
-        unknown = message.rpartition(": ")[2].split()
-        if message.startswith("unrecognized") and unknown[0].startswith("--"):
-            close = difflib.get_close_matches(unknown[0], known, n=2)
-            near = f"; close are {', '.join(close)}" if close else ""
-            raise Misused(f"there is no option {unknown[0]}{near}; --help lists all of them")
+        """Raises Misused."""
         raise Misused(f"{message}; --help shows how it is written")
 
 
@@ -42,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
     parser.add_argument("--config", type=Path, help="a YAML file of options, field: value")
     words = "print the options as such a file, and end"
     parser.add_argument("--print-config", action="store_true", help=words)
-    for field, kind, text in _fields(options):
+    for field, kind, text, _ in _fields(options):
         names = [f"--{field.name.replace('_', '-')}"]
         names += [f"--{field.name}"] if "_" in field.name else []
         told = _default(field)
@@ -58,27 +52,40 @@ def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
         parser.add_argument(*names, **settings)
 
 
-def read(options: type[C], given: Mapping[str, Any]) -> C:
+def read(options: type[C], given: Mapping[str, Any], unknown: Sequence[str] = ()) -> C:
     """The options: from the command line, else from the file, else the defaults.
 
-    Raises Misused for a value that is not of the field's type, an unknown field of the file, and
-    a required field without a value.
+    Raises Misused for what argparse found to be `unknown`, a value that is not of the field's type,
+    an unknown field of the file, and a required field without a value.
     """
-    fields = {field.name: (field, kind) for field, kind, _ in _fields(options)}
+    refuse(unknown, [f"--{field.name.replace('_', '-')}" for field, *_ in _fields(options)])
+    fields = {entry[0].name: entry for entry in _fields(options)}
     path = given.get("config")
     found = {} if path is None else _file(path, set(fields))
     where = dict.fromkeys(found, f"{path}: ")
     for name in fields.keys() & given.keys():
         found[name], where[name] = given[name], ""
-    values = {}
-    for name, (field, kind) in fields.items():
+    values, missing = {}, []
+    for name, (field, kind, _, least) in fields.items():
         label = f"--{name.replace('_', '-')}"
         if name in found:
             label = f"{where[name]}{name}" if where[name] else label
             values[name] = _converted(kind, found[name], label)
+            _require_least(values[name], least, label)
         elif _default(field) is dataclasses.MISSING:
-            raise Misused(f"{label} is missing; --help says what it is")
+            missing.append(label)
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        raise Misused(f"{', '.join(missing)} {verb} missing; --help says what to give")
     return options(**values)
+
+
+def refuse(unknown: Sequence[str], known: Sequence[str]) -> None:
+    """Raises Misused if anything is unknown, with the known names that are close."""
+    for name in unknown:
+        close = difflib.get_close_matches(name, known, n=2)
+        near = f"close are {', '.join(close)}" if close else "--help lists what there is"
+        raise Misused(f"there is no option {name}; {near}")
 
 
 def as_yaml(options: Any) -> str:
@@ -121,17 +128,24 @@ def _file(path: Path, known: set[str]) -> dict[str, Any]:
     return found
 
 
-def _fields(options: type[Any]) -> list[tuple[dataclasses.Field[Any], Any, str]]:
-    """Each field with its type, without None, and its help."""
+def _require_least(value: Any, least: list[float], label: str) -> None:
+    """A float is above the least value, a whole number may be equal to it."""
+    for each in value if isinstance(value, list) else [value]:
+        above = isinstance(each, float)
+        if least and each is not None and (each <= least[0] if above else each < least[0]):
+            words = "above" if above else "at least"
+            raise Misused(f"{label} must be {words} {least[0]}, got {each}; correct it")
+
+
+def _fields(options: type[Any]) -> list[tuple[dataclasses.Field[Any], Any, str, list[float]]]:
+    """Each field with its type, without None, its help, and its least value, if it has one."""
     hints = get_type_hints(options, include_extras=True)
     found = []
     for field in dataclasses.fields(options):
-        kind, text = hints[field.name], ""
-        if get_origin(kind) is Annotated:
-            kind, text = get_args(kind)[:2]
+        kind, text, *least = get_args(hints[field.name])  # all fields are Annotated
         if get_origin(kind) in (Union, types.UnionType):
             (kind,) = (each for each in get_args(kind) if each is not type(None))
-        found.append((field, kind, text))
+        found.append((field, kind, text, least))
     return found
 
 

@@ -15,9 +15,9 @@ Transform = Callable[[Any], Tensor]
 class PreprocessingOptions:
     """What differs from the preprocessing that the model's library keeps."""
 
-    size: Annotated[int | None, "pixels a side of the model's input"] = None
+    size: Annotated[int | None, "pixels a side of the model's input", 1] = None
     resize: Annotated[
-        int | None, "pixels of the shorter side before the centre is cut out (default: --size)"
+        int | None, "pixels of the shorter side before the centre is cut out (default: --size)", 1
     ] = None
     mean: Annotated[list[float], "of each channel, of 0 to 1"] = field(default_factory=list)
     std: Annotated[list[float], "of each channel, of 0 to 1"] = field(default_factory=list)

@@ -5,31 +5,43 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deepclean_hooks.cli import parser
-from deepclean_hooks.cli.forget import Forget, forget, is_first
+from deepclean_hooks.cli.forget import Forget, forget
+from deepclean_hooks.cli.judging import Compare, Evaluate, compare, evaluate
+from deepclean_hooks.cli.listing import Methods, methods
+from deepclean_hooks.cli.measuring import Measure, Sweep, measure, sweep
+from deepclean_hooks.cli.request import is_first
 from deepclean_hooks.guard.guard import GuardError
 from deepclean_hooks.report.printable import printable, shortened
 
-COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {"forget": (Forget, forget)}
+COMMANDS: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+    "forget": (Forget, forget),
+    "measure": (Measure, measure),
+    "sweep": (Sweep, sweep),
+    "evaluate": (Evaluate, evaluate),
+    "compare": (Compare, compare),
+    "methods": (Methods, methods),
+}
 
 
 def add_commands(commands: Any) -> None:
     """Adds every command to an argparse parser's subparsers."""
     for name, (options, _) in COMMANDS.items():
         words = (options.__doc__ or "").splitlines()[0]
-        parser.add_options(commands.add_parser(name, help=words, description=words), options)
+        made = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+        parser.add_options(made, options)
 
 
-def run(given: dict[str, Any]) -> int:
+def run(given: Mapping[str, Any], unknown: Sequence[str]) -> int:
     """0 if all went well, 1 if frozen weights moved, 2 for what cannot be followed or read, in one
     line; 3, with the trace, for anything else."""
     name = given["command"]
     kind, command = COMMANDS[name]
     try:
-        options = parser.read(kind, given)
+        options = parser.read(kind, given, unknown)
         if given.get("print_config"):
             sys.stdout.write(parser.as_yaml(options))
             return 0

@@ -73,7 +73,7 @@ def _made(
             f"settings are {', '.join(fields) or 'none'}"
         )
     for position, field in enumerate(fields.values()):
-        if position < len(given) or field.name in named or not _is_required(field):
+        if position < len(given) or field.name in named or not is_required(field):
             continue
         if field.name not in provided:
             raise ValueError(f"{name} needs {field.name}; give it, or choose another method")
@@ -84,7 +84,8 @@ def _made(
     return made
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a dataclass's field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 

@@ -50,6 +50,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def require_folder_of(path: Path) -> None:
+    """Raises ValueError, before there is anything to write, if the file's folder is missing."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.absolute().parent}")
+
+
 @contextmanager
 def _reserved(temporary: Path) -> Iterator[None]:
     """Makes the file and holds a lock on it, by which other processes see that it is in use."""
