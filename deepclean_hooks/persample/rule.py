@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from torch import Tensor
 
@@ -29,27 +29,28 @@ class Carried:
     layout: Place
 
 
+@dataclass(eq=False, repr=False)
 class Rule(ABC):
     """One operation in which data met parameters.
 
-    `operands` are its parameter-side tensors by the name of their argument; `layout` is where the
-    samples lie in the data; `saved` is the data it needs later, freed after use. A rule is used
-    once, when the gradient of the operation's output arrives.
+    `operands` are its parameter-side tensors by the name of their argument; `n` counts the samples;
+    `x` is the data that the rule needs later, freed after use; `layout` is where the samples lie in
+    it. A rule is used once, when the gradient of the operation's output arrives.
     """
 
-    def __init__(
-        self, operands: dict[str, Tensor], n: int, layout: Place, saved: Tensor | None = None
-    ) -> None:
-        self.operands = operands
-        self.n = n
-        self.layout = layout
-        self._saved: Tensor | None = None
-        if saved is not None:
-            self.keep(saved)
+    operands: dict[str, Tensor]
+    n: int
+    x: InitVar[Tensor | None]
+    layout: Place
 
-    def keep(self, saved: Tensor) -> None:
+    def __post_init__(self, x: Tensor | None) -> None:
+        self._saved: Tensor | None = None
+        if x is not None:
+            self.keep(x)
+
+    def keep(self, x: Tensor) -> None:
         """The data that the rule will need."""
-        self._saved, self._version = saved.detach(), saved._version
+        self._saved, self._version = x.detach(), x._version
 
     @property
     def saved(self) -> Tensor:

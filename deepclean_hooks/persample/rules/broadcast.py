@@ -24,7 +24,7 @@ class Broadcast(Rule):
     """Operand: w, of a shape that broadcasts to the gradient's."""
 
     def __init__(self, operand: Tensor, n: int, layout: Place) -> None:
-        super().__init__({"w": operand}, n, layout)
+        super().__init__({"w": operand}, n, None, layout)
 
     def per_sample(self, grad: Tensor, names: Collection[str]) -> dict[str, Tensor | Carried]:
         return {"w": self.layout.unbroadcast(grad, self.operands["w"].shape, self.n)}

@@ -7,6 +7,7 @@ N: samples, R: maps of a sample (1 unless the batch was folded), O and I: output
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,27 +15,19 @@ from torch import Tensor
 
 from deepclean_hooks.persample import windows
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Place, Unserved
+from deepclean_hooks.persample.layout import Unserved
 from deepclean_hooks.persample.outer import Product
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 from deepclean_hooks.persample.windows import Geometry
 
 
+@dataclass(eq=False, repr=False)
 class Convolution(Rule):
     """Operands: weight (O, I / groups, *kernel) - or (I, O / groups, *kernel) if transposed - and
     bias (O,)."""
 
-    def __init__(
-        self,
-        operands: dict[str, Tensor],
-        n: int,
-        x: Tensor,
-        layout: Place,
-        weight: Tensor,
-        geometry: Geometry,
-    ) -> None:
-        super().__init__(operands, n, layout, x)
-        self.weight, self.geometry = weight.detach(), geometry
+    weight: Tensor
+    geometry: Geometry
 
     def lead(self, grad: Tensor) -> int:
         return 1
@@ -191,7 +184,7 @@ def _meet(call: Call, a: dict[str, Tensor], geometry: Geometry) -> Tensor:
         geometry.groups,
     )
     operands = call.operands(weight=weight, bias=bias)
-    return call.serve(out, Convolution(operands, call.n, x, layout, weight, geometry))
+    return call.serve(out, Convolution(operands, call.n, x, layout, weight.detach(), geometry))
 
 
 HANDLERS: Handlers = {

@@ -7,6 +7,7 @@ N: samples, T: positions, V: rows of the table, D: entries of a row.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Place, Unserved
+from deepclean_hooks.persample.layout import Unserved
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 
 
+@dataclass(eq=False, repr=False)
 class Embedding(Rule):
-    """Operand: weight (V, D)."""
+    """Operand: weight (V, D). The data are the index; rows of the index `padding` do not count."""
 
-    def __init__(
-        self, weight: Tensor, n: int, index: Tensor, layout: Place, padding: int | None
-    ) -> None:
-        super().__init__({"weight": weight}, n, layout, index)
-        self.padding = padding
+    padding: int | None
 
     def squares(self, grad: Tensor, names: Collection[str], into: Into) -> Squares:
         g, index = self._read(grad)
@@ -69,7 +67,7 @@ def meet_embedding(call: Call) -> Tensor:
     out = F.embedding(index, call.cut(weight), padding)
     if padding is not None and padding < 0:
         padding += weight.shape[0]
-    return call.serve(out, Embedding(weight, call.n, index, layout, padding))
+    return call.serve(out, Embedding({"weight": weight}, call.n, index, layout, padding))
 
 
 def meet_index(call: Call) -> Tensor:
@@ -98,7 +96,7 @@ def _looked_up(call: Call, weight: Tensor, index: Tensor) -> Tensor:
     layout = call.layout(index)
     table = weight if weight.dim() == 2 else weight.reshape(len(weight), -1)
     index = torch.where(index < 0, index + len(weight), index).long()
-    rule = Embedding(table, call.n, index, layout, None)
+    rule = Embedding({"weight": table}, call.n, index, layout, None)
     out = call.serve(F.embedding(index, call.cut(table)), rule)
     return out.view(*index.shape, *weight.shape[1:])
 

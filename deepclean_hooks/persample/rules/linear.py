@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepclean_hooks.persample.call import Call, Handlers
-from deepclean_hooks.persample.layout import Place, Unserved
+from deepclean_hooks.persample.layout import Unserved
 from deepclean_hooks.persample.outer import squared_outer
 from deepclean_hooks.persample.rule import Carried, Into, Rule, Squares
 from deepclean_hooks.persample.rules.broadcast import meet_batched
@@ -22,9 +22,6 @@ from deepclean_hooks.persample.rules.broadcast import meet_batched
 
 class Linear(Rule):
     """Operands: weight (O, D) and bias (O,)."""
-
-    def __init__(self, operands: dict[str, Tensor], n: int, x: Tensor, layout: Place) -> None:
-        super().__init__(operands, n, layout, x)
 
     def _rows(self, grad: Tensor) -> Tensor:
         return self.layout.rows(grad, self.n)  # (N, T, O)

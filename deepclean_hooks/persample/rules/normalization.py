@@ -9,6 +9,7 @@ GroupNorm, InstanceNorm, RMSNorm).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,20 +25,12 @@ from deepclean_hooks.persample.rule import Carried, FusedRule, Rule
 FOLDED_MAP = 8
 
 
+@dataclass(eq=False, repr=False)
 class BatchNorm(FusedRule):
     """Operands: weight (C,) and bias (C,), normalised by running statistics (mean, var, w, eps)."""
 
-    def __init__(
-        self,
-        operands: dict[str, Tensor],
-        n: int,
-        x: Tensor,
-        layout: Place,
-        statistics: tuple[Tensor, Tensor, Tensor | None, float],
-    ) -> None:
-        super().__init__(operands, n, layout, x)
-        self.statistics = statistics
-        self._each: dict[str, Tensor] = {}
+    statistics: tuple[Tensor, Tensor, Tensor | None, float]
+    _each: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def input_gradient(self, grad: Tensor, needed: bool) -> Tensor | None:
         """g w / sqrt(var + eps); the sums of the other two come along."""
@@ -88,21 +81,13 @@ class BatchNorm(FusedRule):
 NATIVE_SAMPLE = 1 << 14
 
 
+@dataclass(eq=False, repr=False)
 class LayerNorm(Rule):
     """Operands: weight and bias of the normalised shape; statistics (mean, rstd) come from the
     forward."""
 
-    def __init__(
-        self,
-        operands: dict[str, Tensor],
-        n: int,
-        x: Tensor,
-        layout: Place,
-        shape: list[int],
-        statistics: tuple[Tensor, Tensor],
-    ) -> None:
-        super().__init__(operands, n, layout, x)
-        self.shape, self.statistics = shape, statistics
+    shape: list[int]
+    statistics: tuple[Tensor, Tensor]
 
     def lead(self, grad: Tensor) -> int:
         return grad.dim() - len(self.shape)
@@ -141,21 +126,13 @@ class LayerNorm(Rule):
         return {name: torch.stack([e[slot[name]] for e in each]) for name in names}
 
 
+@dataclass(eq=False, repr=False)
 class Normalized(Rule):
     """Operands: weight and bias along `dims` of x; `normalize` makes x_hat again from the saved
     input."""
 
-    def __init__(
-        self,
-        operands: dict[str, Tensor],
-        n: int,
-        x: Tensor,
-        layout: Place,
-        normalize: Callable[[Tensor], Tensor],
-        channels_first: bool,
-    ) -> None:
-        super().__init__(operands, n, layout, x)
-        self.normalize, self.channels_first = normalize, channels_first
+    normalize: Callable[[Tensor], Tensor]
+    channels_first: bool
 
     def lead(self, grad: Tensor) -> int:
         return 1 if self.channels_first else grad.dim() - self._features()
