@@ -21,7 +21,7 @@ from deepclean_hooks.methods.ssd import ASSD, LFSSD, SSD
 from deepclean_hooks.methods.training import Training
 
 DEFAULT: Method = DeepClean(gamma=2.0)
-"""What is taken where no method is named."""
+"""The method where none is named."""
 
 __all__ = [
     "ASSD",

@@ -82,11 +82,11 @@ class Adding:
             for tensor, _ in held.values():
                 tensor.grad = None
             self._backward(step, again)
-            own = {name: tensor.grad for name, tensor in stepped.items()}
+            mine = {name: tensor.grad for name, tensor in stepped.items()}
         finally:
             for tensor, grad in held.values():
                 tensor.grad = grad
-        return own if fsdp.is_sharded(self._model) else _over_ranks(own, stepped)
+        return mine if fsdp.is_sharded(self._model) else _over_ranks(mine, stepped)
 
     def _backward(self, step: int, again: bool) -> None:
         device = no_trace.device_of(self._model)
@@ -147,7 +147,7 @@ class _Mine:
 
 
 def _mine(size: int) -> Tensor:
-    """This rank's places in a batch; the first one where it has none."""
+    """This rank's places in a batch; the first place where it has none."""
     rank, world = ranks.world()
     places = torch.arange(rank, size, world)
     return places if len(places) else torch.zeros(1, dtype=torch.int64)
@@ -202,15 +202,15 @@ def _combine(tensor: Tensor, of_yours: float, added: Tensor | None) -> None:
 
 
 def _over_ranks(
-    own: dict[str, Tensor | None], stepped: Mapping[str, Tensor]
+    mine: dict[str, Tensor | None], stepped: Mapping[str, Tensor]
 ) -> dict[str, Tensor | None]:
     """The sum over ranks of each gradient, in one message for each dtype and device; None where no
-    rank has one."""
+    rank has a gradient."""
     if ranks.world()[1] == 1:
-        return own
+        return mine
     messages: dict[str, list[Tensor]] = {}
     for name, tensor in stepped.items():
-        gradient = own[name]
+        gradient = mine[name]
         here = torch.zeros_like(tensor) if gradient is None else gradient.to_dense()
         has = torch.full((1,), float(gradient is not None), dtype=here.dtype, device=here.device)
         messages.setdefault(f"{here.dtype} {here.device}", []).extend([has, here.flatten()])

@@ -35,7 +35,7 @@ class ClassProjection(Method):
     (equations 3 to 5), once for the retain set with `alpha_retain`, once for the forget set with
     `alpha_forget`. All layers are measured on the original network. Biases and norms stay as they
     are. 100 and 3 are the paper's for CIFAR-10 (CIFAR-100: 1000 and 30, ImageNet: 100 and 10);
-    `tuning.search` looks for others on training data, among `ClassProjection().grid()`.
+    `tuning.search` looks for better values on training data, among `ClassProjection().grid()`.
 
     `estimator`: over every patch of every sample, exactly; `LayerInputs(patches=SampledPatches())`
     samples patches as the published code does. Pass Subsets of some hundred samples of each class

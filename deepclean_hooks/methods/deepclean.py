@@ -84,7 +84,7 @@ class DeepClean(Method):
     sharded = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError unless gamma is a positive number or one of its words, and
+        """Raises ValueError unless gamma is positive, "careful" or "auto", and
         max_selected a share; TypeError for `parameters` of another kind."""
         gamma, patterns = self.gamma, self.parameters
         listed = isinstance(patterns, tuple | list) and all(isinstance(p, str) for p in patterns)

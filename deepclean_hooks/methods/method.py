@@ -30,7 +30,7 @@ class Method(ABC):
     """One unlearning method; a frozen dataclass whose fields are its hyper-parameters.
 
     A method says what it does otherwise than plain fine-tuning on the retain set: as it stands here
-    nothing is selected, no weight is written, and everything trainable trains by your own loss. A
+    nothing is selected, no weight is written, and everything trainable trains by your loss. A
     property is overridden by a property or by a value: `name = "mine"`, `knob = "gamma"`.
 
     `resets_buffers`: whether buffers that `values` names become these values too, running
@@ -59,8 +59,8 @@ class Method(ABC):
 
     @property
     def sharded(self) -> bool:
-        """Whether `select` and `new_values` look at entries one by one (and count and compare whole
-        tensors by way of `shards`), so that they serve a model under FSDP2."""
+        """Whether `select` and `new_values` look at each entry by itself (and count and compare
+        whole tensors by way of `shards`), so that they serve a model under FSDP2."""
         return False
 
     @property
@@ -97,7 +97,7 @@ class Method(ABC):
 
     @property
     def joint(self) -> bool:
-        """Whether `select` is given a measurement of D_r and D_f, walked as one, as `retain`."""
+        """Whether `select` is given, as `retain`, a measurement of D_r and D_f in a single walk."""
         return False
 
     def may_select(self, name: str, parameter: nn.Parameter) -> bool:
@@ -150,10 +150,10 @@ class Method(ABC):
 
     def training(self, model: nn.Module, selection: Selection, loss_fn: LossFn) -> Training:
         """How `unlearn()` trains where `own_training` is set; may keep copies of the model."""
-        raise NotImplementedError(f"{self.name} trains by the loss of your own loop")
+        raise NotImplementedError(f"{self.name} trains by the loss of your loop")
 
     def scheduled(self, *, epochs: int, steps_per_epoch: int) -> Method:
-        """The method, told how long `unlearn` trains; most do not ask."""
+        """The method for a training of this length; most methods do not depend on it."""
         return self
 
     def require_plain_training(self) -> None:

@@ -26,7 +26,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Selection:
-    """The entries that a method picked, W_f, and what it has to say about the others.
+    """The entries that a method picked, W_f, and how many it passed over.
 
     `candidates`: entries that could have been picked; `held_back`: entries that the criterion
     picked but that hold only rounding noise; `criterion`: in words, for the report; `advice`: what
@@ -58,13 +58,13 @@ def is_norm_scale(name: str, parameter: Tensor) -> bool:
     return named and sum(size > 1 for size in parameter.shape) <= 1
 
 
-def exceeds(one: Measurement, other: Measurement, factor: float) -> Mask:
-    """True where I_one > factor * I_other, compared by product: no division, no epsilon."""
+def exceeds(forget: Measurement, retain: Measurement, factor: float) -> Mask:
+    """True where I_Df > factor * I_Dr, compared by product: no division, no epsilon."""
     # S/n > factor * T/m  <=>  S * m > factor * T * n: one rounding fewer, and counts are exact in
     # float64.
     return {
-        name: total * other.count > factor * other.sums[name] * one.count
-        for name, total in one.sums.items()
+        name: total * retain.count > factor * retain.sums[name] * forget.count
+        for name, total in forget.sums.items()
     }
 
 
@@ -98,9 +98,9 @@ def rounding_noise(diagonal: Measurement) -> Mask:
     }
 
 
-def ratio(own: Tensor, whole: Tensor) -> Tensor:
-    """own / whole, 0 where both are 0."""
-    return torch.where(own == 0, torch.zeros_like(own), own / whole)
+def ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, 0 where both are 0."""
+    return torch.where(part == 0, torch.zeros_like(part), part / whole)
 
 
 def largest(scores: Mapping[str, Tensor], share: float) -> Mask:

@@ -7,14 +7,14 @@ from typing import TypeGuard
 
 
 def require_positive(**numbers: float) -> None:
-    """Raises ValueError, naming it, for one that is no positive finite number."""
+    """Raises ValueError, naming the number, unless each is positive and finite."""
     for name, value in numbers.items():
         if not is_positive(value):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 def require_shares(**shares: float) -> None:
-    """Raises ValueError, naming it, for one that is not above 0 and at most 1."""
+    """Raises ValueError, naming the share, unless each is above 0 and at most 1."""
     for name, value in shares.items():
         if not is_number(value) or not 0 < value <= 1:
             raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")

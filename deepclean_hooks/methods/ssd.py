@@ -69,7 +69,7 @@ class SSD(Method):
 
     @property
     def joint(self) -> bool:
-        """The published code walks D in batches of its own, which is no sum of two walks."""
+        """The published code walks D in mixed batches, which is no sum of two walks."""
         return isinstance(self.estimator, BatchMean)
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
@@ -85,10 +85,10 @@ class SSD(Method):
         self, weights: Weights, selection: Selection, forget: Measurement, retain: Measurement
     ) -> dict[str, Tensor]:
         """The weights, dampened."""
-        own, whole = forget.mean(), self._whole(forget, retain).mean()
+        gone, whole = forget.mean(), self._whole(forget, retain).mean()
         values = {}
         for name in selection.masks:
-            factor = ((whole[name] * self.dampening) / own[name]).pow(self.exponent)
+            factor = ((whole[name] * self.dampening) / gone[name]).pow(self.exponent)
             shards.local(factor).clamp_max_(1)  # torch 2.7 has no clamp of sharded tensors
             # In the weight's precision, as published; NaN (0 / 0) is in entries that are not read.
             values[name] = weights[name] * factor.to(weights[name].dtype)
@@ -98,11 +98,11 @@ class SSD(Method):
         """Nothing, or the dampened entries."""
         return selection.masks if self.fine_tune else {}
 
-    def _require_within_reach(self, own: int, whole: int) -> None:
-        if self.alpha * own >= whole:
+    def _require_within_reach(self, gone: int, whole: int) -> None:
+        if self.alpha * gone >= whole:
             raise ValueError(
-                f"alpha={self.alpha:g} selects nothing: {own} of {whole} samples are to be "
-                f"forgotten, and I_D holds their part of I_Df, so I_Df <= {whole / own:.4g} * I_D "
+                f"alpha={self.alpha:g} selects nothing: {gone} of {whole} samples are to be "
+                f"forgotten, and I_D holds their part of I_Df, so I_Df <= {whole / gone:.4g} * I_D "
                 "for the exact Fisher; lower alpha, use ASSD(), or "
                 "SSD(estimator=BatchMean(batch_size=64, seed=0)), squared means of mixed batches, "
                 "which the paper's alpha suits"
@@ -114,8 +114,8 @@ class SSD(Method):
     def _selection(
         self, forget: Measurement, retain: Measurement, alpha: float, criterion: str
     ) -> Selection:
-        own, whole = forget.mean(), self._whole(forget, retain).mean()
-        masks = {name: own[name] > whole[name] * alpha for name in own}
+        gone, whole = forget.mean(), self._whole(forget, retain).mean()
+        masks = {name: gone[name] > whole[name] * alpha for name in gone}
         if not self.joint:
             return above_noise(masks, forget, criterion)
         return Selection.of_all(masks, criterion)
@@ -164,12 +164,12 @@ class ASSD(SSD):
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The top entries by I_Df / I_D, ties at the threshold left out."""
-        own, whole = forget.mean(), self._whole(forget, retain).mean()
+        gone, whole = forget.mean(), self._whole(forget, retain).mean()
         rest = len(retain.samples) - (len(forget.samples) if self.joint else 0)
         share = len(forget.samples) / (len(forget.samples) + rest)
         per_cent = math.log(1 + 100 * share)
         used = {name: total > 0 for name, total in whole.items()}
-        ratios = torch.cat([own[name][here] / whole[name][here] for name, here in used.items()])
+        ratios = torch.cat([gone[name][here] / whole[name][here] for name, here in used.items()])
         most = round(ratios.numel() * per_cent / 100)
         if not most:
             return self._selection(forget, retain, math.inf, "nothing: the model is too small")

@@ -60,7 +60,7 @@ def fresh(
     if differ:
         raise ValueError(
             f"build makes a network with other parameters, for instance {differ[:3]}; it must make "
-            "the model's own architecture"
+            "the model's architecture"
         )
     return anew.to(no_trace.device_of(model))
 
@@ -77,8 +77,7 @@ def _require_all_reset(model: nn.Module) -> None:
     left = []
     for prefix, module in model.named_modules():
         if _own_reset(module) is None:
-            own = module.named_parameters(prefix, recurse=False)
-            left += [name for name, _ in own]
+            left += [name for name, _ in module.named_parameters(prefix, recurse=False)]
     if left:
         raise ValueError(
             f"no reset_parameters() resets {', '.join(left)}; pass Retrain(build=...), a function "

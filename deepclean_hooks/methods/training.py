@@ -22,7 +22,7 @@ Loader = DataLoader[Any]
 class Step:
     """The batch of one optimizer step, and the epoch it is in.
 
-    `of_forget`: which of its samples are of the forget set, a bool for each or one for all.
+    `of_forget`: which of its samples are of the forget set, a bool for each or for all.
     """
 
     batch: Batch

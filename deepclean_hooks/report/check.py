@@ -1,4 +1,4 @@
-"""One thing that `verify` looks at, and what it saw."""
+"""A check of `verify` and its outcome."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST_NAME, _LONGEST_LINE = 160, 700
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: `right` is None where it could not be."""
+    """A check: `right` is None where it could not be made."""
 
     what: str
     right: bool | None

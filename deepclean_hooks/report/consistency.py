@@ -20,7 +20,7 @@ RETURNED_HALF = 8
 
 
 def own_digest(report: Document) -> Check:
-    """That the report's own digest is that of its fields."""
+    """That the digest in the report is that of its fields."""
     what = "digest of the report"
     if report["schema"] == 2:
         return Check(what, None, "a report of schema 2 has none")
@@ -53,7 +53,7 @@ def consistent(report: Document) -> Iterator[Check]:
     if restored is not None:
         few = restored <= RETURNED_HALF and 2 * restored <= selected
         right = few or restored <= RETURNED * selected
-        words = f"{restored} of {selected} hold their original value by the report's own count"
+        words = f"{restored} of {selected} hold their original value by the count in the report"
         yield Check("W_f did not come back", right, words)
     yield _hashes(report)
     after = report["scores"].get("after")
@@ -62,7 +62,7 @@ def consistent(report: Document) -> Iterator[Check]:
 
 
 def _names(report: Document) -> Check:
-    """Each layer is one parameter of the model, and tied tensors have one content."""
+    """Each layer is a parameter of the model, and tied tensors have the same content."""
     names = [layer["name"] for layer in report["layers"]]
     wrong = [name for name, count in Counter(names).items() if count > 1]
     both = report["checkpoint_before"], report["checkpoint_after"]

@@ -1,5 +1,5 @@
-"""Who was forgotten, told so that only someone who holds a sample, or guesses it exactly, can look
-it up: salted hashes."""
+"""Who was forgotten, written so that only someone who holds a sample, or guesses it exactly, can
+look it up: salted hashes."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def _keys(report: Document) -> list[tuple[str, str]]:
 
 
 def _gold(rows: Sequence[report_rows.Row]) -> tuple[str, str]:
-    """The label and gold's figure of one row of several methods."""
+    """The label of a row of several methods, and the gold model's figure."""
     return rows[0].label, next((row.cells()[3] for row in rows if row.gold is not None), "-")
 
 

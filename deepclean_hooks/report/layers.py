@@ -14,7 +14,7 @@ Mask = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """One parameter: how many entries it has, how many were selected, how many of those are dead,
+    """A parameter: how many entries it has, how many were selected, how many of those are dead,
     and how many may differ from the original in the end: those selected and those free to train."""
 
     name: str

@@ -1,5 +1,5 @@
-"""A report as Markdown, and as the section of a model card. Text of the report is text there: no
-markup, no line of its own."""
+"""A report as Markdown, and as the section of a model card. Text of the report stays text: no
+markup, no new line."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Report:
     `effect`: what became of the selected entries. `may_change_entries`: those selected or free to
     train; all others are frozen. `forgotten`: salted hashes of the forget samples, and the salt.
     `checkpoint_before` and `checkpoint_after`: SHA-256 of each tensor of the model's state_dict.
-    `tied`: each further name there of a tensor that has an earlier one, and that.
+    `tied`: each further name there of a tensor, and its first name.
     `gamma_choice`: how gamma="auto" was settled, the rule and the trials; empty where gamma was
     given.
     """
@@ -189,8 +189,8 @@ class Report:
 
 
 def _score_line(score: dict[str, Any]) -> str:
-    """Accuracies and membership rate of an evaluation in one line, each with its gap to gold where
-    there is one."""
+    """Accuracies and membership rate of an evaluation in one line, each with its gap to gold, if
+    a gold model is given."""
     figures, gaps = score["figures"], score["gaps"]
 
     def words(name: str) -> str:

@@ -263,7 +263,7 @@ def done(report: Document) -> list[str]:
             + ("none had changed." if not moved else f"{moved:,} HAD CHANGED.")
         )
     elif moved is not None:
-        lines.append("No weight was held: every one was free to train.")
+        lines.append("No weight was held: every weight was free to train.")
     if report["seconds"]:
         spent = ", ".join(f"{PHASES.get(p, p)} {s:.1f} s" for p, s in report["seconds"].items())
         lines.append(f"Time: {spent}.")
@@ -316,7 +316,7 @@ def caveats(report: Document) -> list[str]:
 
 
 def _withheld(report: Document) -> list[str]:
-    """What was left out because it tells of single samples, or what of them is told."""
+    """What was left out because it tells of single samples, or what the page shows of them."""
     left_out = report.get("withheld", {})
     lines = []
     if left_out:

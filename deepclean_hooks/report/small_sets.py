@@ -1,7 +1,7 @@
 """Figures of very small sets, which tell of single samples, taken out of a report.
 
-The loss of one sample is a number that singles it out among all candidates, and its class stands
-beside it. A share of few samples says little more than each answer, and stays.
+The loss of a single sample is a number that singles it out among all candidates, and its class
+stands beside it. A share of few samples says little more than each answer, and stays.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def withheld(report: Document) -> dict[str, Any]:
 
 
 def evaluation(score: Document) -> dict[str, Any]:
-    """The same of one evaluation."""
+    """The evaluation without figures of sets and classes of fewer than LEAST samples."""
     small, classes = _small(score)
     few = bool(small & {"forget", "forget_test"})
 

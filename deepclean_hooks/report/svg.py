@@ -36,7 +36,7 @@ TEMPLATES = Environment(
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: its points (x, y), its name in the legend and its colour."""
+    """A line of a chart: its points (x, y), its name in the legend and its colour."""
 
     name: str
     colour: str

@@ -260,7 +260,7 @@ def test_the_page_says_what_the_method_did(name: str) -> None:
     selected, held = report.selected_entries, report_rows.frozen(told)
     assert ("No weight was selected." in text) == (not selected)
     assert (f"were selected and {method.effect}." in text) == bool(selected)
-    assert ("No weight was held: every one was free to train." in text) == (not held)
+    assert ("No weight was held: every weight was free to train." in text) == (not held)
     assert (f"The {held:,} other weights were held" in text) == bool(held)
     assert held == (0 if name in ("fine-tune", "random label", "fisher mask", "retrain") else held)
     wider = copy.deepcopy(told)

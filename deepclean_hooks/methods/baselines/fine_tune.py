@@ -10,9 +10,9 @@ from deepclean_hooks.methods.method import Method
 
 @dataclass(frozen=True)
 class FineTune(Method):
-    """Nothing is reset and everything may train, on the retain set, by your own loop.
+    """Nothing is reset and everything may train, on the retain set, by your loop.
 
-    As in DeepClean's tables with the recipe of `unlearn`; `PUBLISHED` has others.
+    As in DeepClean's tables with the recipe of `unlearn`; `PUBLISHED` has other recipes.
     """
 
     name = "fine-tune"

@@ -42,11 +42,11 @@ class FisherMask(Method):
 
     def select(self, forget: Measurement, retain: Measurement) -> Selection:
         """The largest differences among all weights of layers."""
-        own, other = forget.mean(), retain.mean()
+        gone, kept = forget.mean(), retain.mean()
         scores = {
-            name: _by_kernel(value - other[name]) for name, value in own.items() if value.dim() > 1
+            name: _by_kernel(value - kept[name]) for name, value in gone.items() if value.dim() > 1
         }
-        flat = {n: torch.zeros_like(v, dtype=torch.bool) for n, v in own.items() if v.dim() <= 1}
+        flat = {n: torch.zeros_like(v, dtype=torch.bool) for n, v in gone.items() if v.dim() <= 1}
         masks = {**largest(scores, self.share), **flat}
         total = sum(score.numel() for score in scores.values())
         return Selection(masks, total, f"I_Df - I_Dr is among the largest {self.share:.0%}")

@@ -22,8 +22,8 @@ class L1Sparse(Additive):
     section 4, with the linearly decaying weight of its Table 4. Their code does not hold the weight
     of the penalty; others use 1e-6 to 1e-4 with it, and `weight` (a) 5e-5 is from that range.
 
-    `unlearn` knows how long it trains; around a loop of your own say it: `epochs` (E), and
-    `steps_per_epoch`, how many optimizer steps one has.
+    `unlearn` knows how long it trains; around your loop say it: `epochs` (E), and
+    `steps_per_epoch`, the optimizer steps of an epoch.
     """
 
     weight: float = 5e-5

@@ -1,4 +1,4 @@
-"""Training on the forget set with other labels, beside the retain set."""
+"""Training on the forget set with wrong or random labels, beside the retain set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deepclean_hooks.methods.training import Loader, Step, Training, in_turn
 
 @dataclass(frozen=True)
 class _OtherLabels(Additive):
-    """A weighted term on D_f with labels that are not its own, or their published training."""
+    """A weighted term on D_f with changed labels, or the published training."""
 
     _: KW_ONLY
     weight: float | None = None
@@ -83,7 +83,7 @@ class Amnesiac(_OtherLabels):
 
 
 class _Relabelled(Term):
-    """The weighted cross-entropy of forget batches with other labels."""
+    """The weighted cross-entropy of forget batches with changed labels."""
 
     def __init__(self, weight: float | None, seed: int) -> None:
         self._weight, self.seed = weight, seed
@@ -97,8 +97,8 @@ class _Relabelled(Term):
         """The weighted cross-entropy of each sample."""
         assert self._weight is not None  # prepare() or a stored run set it
         logits, labels = losses.logits_and_labels(model, drawn.batch)
-        others = self.labels(drawn, labels, logits.shape[1])
-        return self._weight * F.cross_entropy(logits, others, reduction="none")
+        changed = self.labels(drawn, labels, logits.shape[1])
+        return self._weight * F.cross_entropy(logits, changed, reduction="none")
 
     def labels(self, drawn: Drawn, labels: Tensor, classes: int) -> Tensor:
         """What the labels (N,) of a forget batch become."""
@@ -130,7 +130,7 @@ class _WrongLabels(_Relabelled):
 
 
 def wrong_labels(batch: Batch, labels: Tensor, classes: int, seed: int) -> Tensor:
-    """For each sample a label that is not its own, (N,), drawn by its content and the seed."""
+    """For each sample a label that is not its label, (N,), drawn by its content and the seed."""
     if classes < 2:
         raise ValueError(f"a wrong label needs two classes at least, the model has {classes}")
     shifts = [1 + (i + 0x9E3779B9 * seed) % (classes - 1) for i in batches.sample_ids(batch)]
@@ -154,7 +154,7 @@ class InTurn(Training):
         return in_turn(forget, retain, epoch)
 
     def objective(self, model: nn.Module, step: Step) -> Tensor:
-        """The mean loss of a retain batch, cross-entropy with other labels of a forget batch."""
+        """The mean loss of a retain batch, cross-entropy with changed labels of a forget batch."""
         if not step.of_forget:
             return self.mean_loss(model, step.batch)
         logits, labels = losses.logits_and_labels(model, step.batch)

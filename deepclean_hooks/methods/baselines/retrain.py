@@ -1,4 +1,4 @@
-"""Retraining from scratch on the retain set: the gold standard for the others."""
+"""Retraining from scratch on the retain set: the gold standard for every other method."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from deepclean_hooks.methods.teachers import fresh
 class Retrain(Method):
     """Every trainable parameter and every running statistic gets a new initial value; all train.
 
-    `build` makes an untrained network of the same architecture, drawn by `seed`. Without it every
-    module's own `reset_parameters` is called, at any depth (the code of SSD reaches top-level
+    `build` makes an untrained network of the same architecture, drawn by `seed`. Without it the
+    `reset_parameters` of every module is called, at any depth (the code of SSD reaches top-level
     children only, in practice the last layer), and a parameter that no module resets is an error.
     Train as the original was: DeepClean's CIFAR-10 networks by SGD 0.1, momentum 0.9, weight decay
     5e-4, 20 epochs, divided by 5 after 6, 12 and 16, with augmentation; 182 epochs at batches of

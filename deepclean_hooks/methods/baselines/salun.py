@@ -24,7 +24,7 @@ class SalUn(Method):
 
     Fan, Liu, Zhang, Wong, Wei, Liu: "SalUn: Empowering Machine Unlearning via Gradient-based Weight
     Saliency", ICLR 2024, equations 3 to 5. Its code masks gradients, which weight decay and
-    momentum pass by (and puts weights back since 2025); here the other entries keep their bits.
+    momentum circumvent (and puts weights back since 2025); here the other entries keep their bits.
     Nothing is reset. `weight` and `as_published` are as in RandomLabel.
     """
 
