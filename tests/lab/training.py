@@ -11,13 +11,36 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import deepclean_hooks as deepclean
 from deepclean_hooks.stored.bits import differing
 
 CLASSES, SIZE = 4, 8
 METHOD = deepclean.DeepClean(gamma=1.1)
+SAVING = {"save_strategy": "steps", "save_steps": 3}  # options of a Trainer
+
+
+class Cut(RuntimeError):
+    """Stops a run."""
+
+
+class CutAt(TrainerCallback):
+    """Raises after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The cut."""
+        if state.global_step == self.step:
+            raise Cut
 
 
 def data(start: int, stop: int) -> TensorDataset:
