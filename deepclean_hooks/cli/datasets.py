@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def _folder(folder: Path, classes: Sequence[str] | None) -> Pictures:
         paths,
         [name for _, name in files],
         lambda i: _opened_file(paths[i]),
-        classes=classes or named,
+        classes=classes,
     )
 
 
@@ -291,13 +292,27 @@ def _torchvision(name: str, options: DataOptions, classes: Sequence[str] | None)
     )
 
 
+def _in_order(names: set[str]) -> list[str]:
+    """The names as torchvision's ImageFolder orders them, if timm's does so too."""
+    found = sorted(names)
+    by_number = {n: re.sub(r"\d+", lambda m: m[0].zfill(20), n.lower()) for n in names}
+    of_timm = sorted(names, key=lambda name: by_number[name])
+    if found != of_timm:
+        at = next(i for i, name in enumerate(found) if name != of_timm[i])
+        raise ValueError(
+            f"which class is number {at} is not clear: {found[at]!r} for torchvision, "
+            f"{of_timm[at]!r} for timm; name the classes in the head's order in --class-names"
+        )
+    return found
+
+
 def _indices(
     where: str, names: Sequence[str], labels: Sequence[Any], classes: Sequence[str] | None
 ) -> tuple[list[str] | None, list[int]]:
     """The names of the classes in the head's order, None where labels are indices; the indices."""
     if all(isinstance(label, int) for label in labels) and classes is None:
         return None, list(labels)
-    known = list(classes or sorted({str(label) for label in labels}))
+    known = list(classes or _in_order({str(label) for label in labels}))
     table = {name: index for index, name in enumerate(known)}
     found = []
     for name, label in zip(names, labels, strict=True):

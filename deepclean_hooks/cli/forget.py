@@ -51,6 +51,8 @@ def forget(given: Forget) -> int:
         raise ValueError(
             f"--output {given.output} holds the original {given.weights.name}; name another folder"
         )
+    if given.output.resolve().is_relative_to(Path(given.data).resolve()):
+        raise ValueError(f"--output {given.output} lies within the data; name another folder")
     request = asked(given)
     method = request.method(given.method)
     stored = None if given.measured is None else FisherDiagonal.load(given.measured)

@@ -19,7 +19,12 @@ Spoil = Callable[[Path], Any]
 
 def text(name: str, content: str) -> Spoil:
     """A text file in the folder of the case."""
-    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+    return write
 
 
 def stored(name: str, content: Callable[[], Any]) -> Spoil:
@@ -41,6 +46,7 @@ def module() -> nn.Module:
 
 
 HALF = dict(list(pictures.weights().items())[:10])
+ORDER = [("ant", "10"), ("bee", "9"), ("cat", "1")]
 ONE = "train/ant/00.png,ant\n"
 
 # What spoils the folder; the options that differ, None to leave an option out; what the line says.
@@ -142,7 +148,15 @@ CASES: dict[str, tuple[Spoil, dict[str, Any], str]] = {
     "held-out data": (nothing, {"method": "ReferenceGuided"}, "ReferenceGuided needs held_out"),
     "stored measurement": (nothing, {"measured": "d.safetensors"}, "d.safetensors"),
     "output of the original": (nothing, {"output": "."}, "name another folder"),
-    "output in use": (nothing, {"output": "train"}, "train is not empty; name another --output"),
+    "output in use": (
+        text("out/x", ""), {"output": "out"}, "out is not empty; name another --output"
+    ),
+    "output among the data": (nothing, {"output": "train/out"}, "lies within the data"),
+    "order of classes": (
+        lambda folder: [(folder / "train" / n).rename(folder / "train" / m) for n, m in ORDER],
+        {},
+        "'10' for torchvision, '9' for timm; name the classes",
+    ),
 }  # fmt: skip
 
 

@@ -117,6 +117,20 @@ def test_other_sets_have_the_training_classes(folder: Path, tmp_path: Path) -> N
     assert opened(str(folder / "train"), options).targets == [2] * 4 + [1] * 4 + [0] * 4
 
 
+@pytest.mark.parametrize("names", [["cat", "airplane"], ["n2", "n1"], ["b10", "a9"], ["10", "01"]])
+def test_order_in_which_libraries_agree_is_taken(names: list[str]) -> None:
+    """Fails if longer names are taken for later ones, or all numbers for unclear."""
+    data = Pictures("here", names, names, lambda i: None)
+    assert data.classes == sorted(names)
+
+
+@pytest.mark.parametrize("names", [["n10", "n9"], ["Zebra", "ant"]])
+def test_order_in_which_they_differ_is_refused(names: list[str]) -> None:
+    """Fails if one library's order is guessed."""
+    with pytest.raises(ValueError, match="name the classes in the head's order"):
+        Pictures("here", names, names, lambda i: None)
+
+
 def test_torchvision(tmp_path: Path) -> None:
     """Fails if torchvision's CIFAR-10 is read otherwise than torchvision reads it."""
     import hashlib
