@@ -53,6 +53,7 @@ def forget(given: Forget) -> int:
         )
     if given.output.resolve().is_relative_to(Path(given.data).resolve()):
         raise ValueError(f"--output {given.output} lies within the data; name another folder")
+    training = given.training()
     request = asked(given)
     method = request.method(given.method)
     stored = None if given.measured is None else FisherDiagonal.load(given.measured)
@@ -66,10 +67,7 @@ def forget(given: Forget) -> int:
         request.sets["forget"],
         request.sets["retain"],
         method=method,
-        epochs=given.epochs,
-        steps=given.steps,
-        lr=given.lr,
-        seed=given.seed,
+        **training,
         measured=stored,
         checkpoint=given.output / _RUN,
         folder=given.output,
@@ -104,7 +102,7 @@ def _begin(given: Forget, request: Request, method: Method) -> bool:
     now = {
         "model": checkpoint.model_digest(request.loaded.model),
         "method": f"{method.name} {method.settings()}",
-        "training": f"{given.epochs} {given.steps} {given.lr} {given.seed} {given.batch_size}",
+        "training": f"{given.training()} of {given.batch_size}",
         "preprocessing": request.loaded.preprocessing,
         "data": _digest(request.data.names),
         "what to forget": _digest(request.gone),

@@ -56,6 +56,7 @@ def evaluate(given: Evaluate) -> int:
 
 def compare(given: Compare) -> int:
     """0 once the page is written; the original model is left as it is."""
+    training = given.training()
     request = asked(given)
     methods = {text: request.method(text) for text in given.methods}
     found: dict[str, dict[str, Any]] = {}
@@ -68,10 +69,7 @@ def compare(given: Compare) -> int:
             request.sets["forget"],
             request.sets["retain"],
             method=method,
-            epochs=given.epochs,
-            steps=given.steps,
-            lr=given.lr,
-            seed=given.seed,
+            **training,
             folder=given.output / f"{number}-{type(method).__name__}",
             test=request.sets.get("test"),
             gold=request.golds or None,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,8 +45,20 @@ class TrainingOptions:
 
     epochs: Annotated[int, "over the data that stay", 1] = 3
     steps: Annotated[int | None, "of the optimizer, instead of epochs", 1] = None
-    lr: Annotated[float, "Adam's learning rate, which falls to 0", 0] = 1e-3
+    optimizer: Annotated[str, "adam, or sgd with momentum 0.9"] = "adam"
+    lr: Annotated[float, "the learning rate, which falls to 0", 0] = 1e-3
     seed: Annotated[int, "of the order of the samples, and of dropout", 0] = 0
+
+    def training(self) -> dict[str, Any]:
+        """The arguments of `unlearn`; raises ValueError for an unknown optimizer."""
+        known: dict[str, Any] = {
+            "adam": partial(torch.optim.Adam, lr=self.lr),
+            "sgd": partial(torch.optim.SGD, lr=self.lr, momentum=0.9),
+        }
+        if self.optimizer not in known:
+            raise ValueError(f"--optimizer is one of {', '.join(known)}, got {self.optimizer!r}")
+        made = known[self.optimizer]
+        return {"epochs": self.epochs, "steps": self.steps, "seed": self.seed, "optimizer": made}
 
 
 METHOD = "as in Python: SSD(alpha=5), NegGradPlus(train=DeepClean(gamma=1.1))"

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Spoil, dict[str, Any], str]] = {
     "epochs in words": (nothing, {"epochs": "two"}, "--epochs is a whole number, got 'two'"),
     "no epochs": (nothing, {"epochs": 0}, "--epochs must be at least 1, got 0"),
     "learning rate": (nothing, {"lr": -1}, "--lr must be above 0, got -1.0"),
+    "optimizer": (nothing, {"optimizer": "lion"}, "--optimizer is one of adam, sgd, got 'lion'"),
     "no config": (nothing, {"config": "run.yaml"}, "run.yaml: No such file"),
     "broken config": (text("run.yaml", "lr: 1\nx: ["), {"config": "run.yaml"}, "run.yaml, line 2"),
     "config of a list": (text("run.yaml", "- 1"), {"config": "run.yaml"}, "write YAML"),
