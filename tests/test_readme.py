@@ -87,6 +87,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pictures.write(tmp_path / "photos")
     pictures.write(tmp_path / "photos-test", each=2, seed=1)
+    pictures.write(tmp_path / "photos-unseen", each=2, seed=2)
     torch.save(pictures.weights(), "resnet18.pth")
     (tmp_path / "delete.txt").write_text("ant/03.png\n", encoding="utf-8")
     words = shlex.split(snippet.replace("timm:resnet18", pictures.MODEL).replace("\\\n", " "))

@@ -45,7 +45,8 @@ class Forget(TrainingOptions, RequestOptions):
 
 
 def forget(given: Forget) -> int:
-    """0 once the unlearned checkpoint is written; raises ValueError for what does not fit."""
+    """0 once the unlearned checkpoint is written, 1 if nothing was selected for it; raises
+    ValueError for what does not fit."""
     torch.manual_seed(given.seed)
     if given.weights is not None and given.output.resolve() == given.weights.parent.resolve():
         raise ValueError(
@@ -61,7 +62,7 @@ def forget(given: Forget) -> int:
         return _dry_run(given, request, method, stored)
     if not _begin(given, request, method):
         say(f"finished before: {given.output}")
-        return 0
+        return _judged(_read(given.output / "report.json")["selected_entries"], method)
     report = unlearn(
         request.loaded.model,
         request.sets["forget"],
@@ -78,7 +79,7 @@ def forget(given: Forget) -> int:
     )
     if is_first():
         _write(given, request, report)
-    return 0
+    return _judged(report.selected_entries, method)
 
 
 def _dry_run(given: Forget, request: Request, method: Method, stored: FisherDiagonal | None) -> int:
@@ -126,6 +127,14 @@ def _begin(given: Forget, request: Request, method: Method) -> bool:
             raise ValueError(f"{given.output} is not empty; name another --output")
         write_text(path, json.dumps(now, indent=2) + "\n")
     return True
+
+
+def _judged(selected: int | None, method: Method) -> int:
+    """The exit code: a method that selects, and selected nothing, has forgotten nothing."""
+    if selected or not method.knob:
+        return 0
+    say(f"NOTHING WAS FORGOTTEN: {method.name} selected no weight; the report says why")
+    return 1
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -36,8 +36,8 @@ def add_commands(commands: Any) -> None:
 
 
 def run(given: Mapping[str, Any], unknown: Sequence[str]) -> int:
-    """0 if all went well, 1 if frozen weights moved, 2 for what cannot be followed or read, in one
-    line; 3, with the trace, for anything else."""
+    """0 if all went well, 1 if nothing was selected or frozen weights moved, 2 for what cannot be
+    followed or read, in one line; 3, with the trace, for anything else."""
     name = given["command"]
     kind, command = COMMANDS[name]
     try:

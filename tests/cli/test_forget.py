@@ -69,3 +69,21 @@ def test_same_command_again_has_nothing_to_do(
     assert main(["forget", *given, "--forget-class", "ant"]) == 2
     assert "another request (what to forget differ)" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_run_that_selects_nothing_is_no_success(
+    forgotten: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a script is told that a model has forgotten, of which no weight was reset."""
+    given = [*pictures.COMMON, "--model", pictures.MODEL, "--output", str(tmp_path / "out")]
+    given += ["--weights", str(forgotten / "net.pth.tar"), "--data", str(forgotten / "train")]
+    given += [
+        "--forget-class",
+        "ant",
+        "--method",
+        "DeepClean(gamma=1e30, parameters='conv1.0.*')",
+        "--no-scores",
+    ]
+    for _ in range(2):
+        assert main(["forget", *given, "--epochs", "1"]) == 1
+        assert "NOTHING WAS FORGOTTEN" in capsys.readouterr().out
