@@ -116,7 +116,7 @@ class Session(Standing):
         if self.scores:
             self._score_before()
         with self._account.timed("fisher"):
-            found = measured(
+            both = measured(
                 self.method,
                 self.model,
                 self._sets["forget"],
@@ -130,16 +130,16 @@ class Session(Standing):
             model_before=bits.combined(before),
             checkpoint_before=before,
             tied=checkpoint.tied(self.model),
-            forgotten=identifiers.salted(found.forget.samples.tolist()),
-            forget_samples=len(found.forget.samples),
-            retain_samples=found.retain_samples,
-            overlapping_samples=found.shared,
-            measurement={"forget": found.forget.settings, "retain": found.retain.settings},
+            forgotten=identifiers.salted(both.forget.samples.tolist()),
+            forget_samples=len(both.forget.samples),
+            retain_samples=both.retain_samples,
+            overlapping_samples=both.shared,
+            measurement={"forget": both.forget.settings, "retain": both.retain.settings},
         )
-        self._account.warn(findings.of_duplicates(found))
-        self._account.note(findings.of_repeats(found))
-        self._account.note(findings.of_changing_samples(found))  # warned of while measuring
-        self._enter(WasMeasured(found, trials))
+        self._account.warn(findings.of_duplicates(both))
+        self._account.note(findings.of_repeats(both))
+        self._account.note(findings.of_changing_samples(both))  # warned of while measuring
+        self._enter(WasMeasured(both, trials))
         return self
 
     def select(self) -> Report:
@@ -169,7 +169,7 @@ class Session(Standing):
             selected_fraction=total / trainable,
             held_back_entries=selection.held_back,
         )
-        # What the user asked for by a number is told in the report; that nothing happens, at once.
+        # What a number asked for is written in the report; that nothing happens is warned of.
         tell = self._account.note if total else self._account.warn
         tell(selection.advice)
         if self.method.knob and not selection.advice and total in (0, selection.candidates):
@@ -381,13 +381,13 @@ class Session(Standing):
         words = "the original model" if when == "before" else "the unlearned model"
         options["progress"] = words if self.progress else False
         with self._account.timed("evaluate"):
-            found = scored(self.model, self._sets, self.loss_fn, **options)
-        told = found if isinstance(found, str) else found.to_dict()
-        self._account.report = replace(self.report, scores={**self.report.scores, when: told})
-        return found
+            scores = scored(self.model, self._sets, self.loss_fn, **options)
+        written = scores if isinstance(scores, str) else scores.to_dict()
+        self._account.report = replace(self.report, scores={**self.report.scores, when: written})
+        return scores
 
     def _score_before(self) -> None:
-        found = self._score("before")
-        self._account.warn(findings.of_labels(found))
-        if isinstance(found, Evaluation):
-            require_comparable(self.gold, self._sets, found)
+        scores = self._score("before")
+        self._account.warn(findings.of_labels(scores))
+        if isinstance(scores, Evaluation):
+            require_comparable(self.gold, self._sets, scores)

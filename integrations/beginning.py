@@ -57,14 +57,14 @@ def verified(
     `repair` loads them again if they differ. Raises BrokenRun, on every rank, with the way out; all
     ranks call this.
     """
-    found = checkpoint.model_digest(model)  # of a sharded model, all ranks together
+    digest = checkpoint.model_digest(model)  # of a sharded model, all ranks together
     with ranks.fail_together():
         try:
             run = sealed.opened(stored, where)
-            if found != stored["model"] and repair is not None:
+            if digest != stored["model"] and repair is not None:
                 repair()
-                found = checkpoint.model_digest(model)
-            if found != stored["model"]:
+                digest = checkpoint.model_digest(model)
+            if digest != stored["model"]:
                 raise BrokenRun(
                     f"the weights that were loaded are not those that were saved in {where}"
                 )

@@ -136,16 +136,16 @@ class UnlearningCallback:
         it is not scored."""
         if self._run is None or self._forget is None or not self._options.get("scores", True):
             return {}
-        found = scored(
+        scores = scored(
             model,
             {"forget": read(self._forget)},
             self._options.get("loss_fn"),
             membership=False,
             progress=progress,
         )
-        if isinstance(found, str):
+        if isinstance(scores, str):
             return {}
-        forget = found.sets["forget"]
+        forget = scores.sets["forget"]
         return {
             "deepclean_forget_accuracy": forget.accuracy,
             "deepclean_forget_loss": forget.loss,

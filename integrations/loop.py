@@ -105,7 +105,7 @@ class LoopRun(Session):
         self.write_report()
 
     def expect_finish(self) -> None:
-        """From now on whoever forgets `finish` is told of it."""
+        """From now on a forgotten `finish` is warned of."""
         self._unfinished = True
         _started.add(self)
 

@@ -1,4 +1,5 @@
-"""Every Python snippet of the README runs as it stands, given a model and loaders."""
+"""Every Python snippet of the README and of the page on loops runs as it stands, given a model and
+loaders."""
 
 import re
 import shlex
@@ -15,7 +16,12 @@ from deepclean_hooks.__main__ import main
 from lab import pictures
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+PAGES = (README, README.parent / "docs" / "loops.md")
+SNIPPETS = [
+    snippet
+    for page in PAGES
+    for snippet in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
 def surroundings() -> dict[str, object]:
@@ -75,8 +81,8 @@ def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if "lightning_module" in SNIPPETS[index]:
             warnings.simplefilter("ignore")  # it warns of few steps, few workers and loggers
             names["lightning_module"] = lightning_module(names["model"])
-        exec(compile(SNIPPETS[index], f"README.md snippet {index}", "exec"), names)
-    assert "deepclean" in SNIPPETS[index] or "Trainer" in SNIPPETS[index]
+        exec(compile(SNIPPETS[index], f"snippet {index}", "exec"), names)
+    assert re.search("deepclean|Trainer|torch.save", SNIPPETS[index])
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,4 +103,4 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_snippets_were_found() -> None:
     """Fails if the README's fences change so that nothing is run."""
-    assert len(SNIPPETS) >= 6
+    assert len(SNIPPETS) >= 12

@@ -41,8 +41,8 @@ class Average:
 class Averages:
     """What is alive at the reset that averages a model, or is a plain copy of it.
 
-    Averages are told by the names of their classes. A plain copy may be a gold model, or an average
-    made by hand: it is one if it moves while the loop runs.
+    Averages are recognised by the names of their classes. A plain copy may be a gold model or an
+    average made by hand; a copy that moves while the loop runs is an average.
     """
 
     def __init__(self, model: nn.Module, reset: Mapping[str, Tensor]) -> None:

@@ -222,10 +222,10 @@ class Guard:
         """How many frozen entries of each parameter have moved, by name; only names with any.
 
         Counted bit by bit from when the guard was set. Compared with what the model has under each
-        name now, so a parameter replaced by another object counts too, and all entries of one that
-        is gone. Frozen norm statistics count under their buffer names. Under FSDP2 each rank counts
-        its own shard. What was written outside the steps that can be seen, and noticed, is put back
-        first. Raises RuntimeError after `release()`.
+        name now, so a parameter replaced by another object counts too, and all entries of a
+        parameter that is gone. Frozen norm statistics count under their buffer names. Under FSDP2
+        each rank counts its own shard. What was written outside the steps that can be seen, and
+        noticed, is put back first. Raises RuntimeError after `release()`.
         """
         now = self._parameters_now()
         self._unseen.put_back()

@@ -15,8 +15,8 @@ def gradients(
 
     Dense, of an embedding with sparse=True too: a sparse tensor has no addcmul_ and no isnan.
     """
-    found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=retain_graph)
-    return [None if each is None else _dense(each) for each in found]
+    computed = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=retain_graph)
+    return [None if each is None else _dense(each) for each in computed]
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 class Switch:
     """A setting of the process that several threads may need changed at a time.
 
-    The first thread changes it and the last puts it back: each on its own, a thread would take the
+    The first thread changes it and the last puts it back: alone, a thread would take the
     change of another for the state to go back to.
     """
 

@@ -92,11 +92,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def require_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters by name; raises ValueError if there are none."""
-    found = trainable(model)
-    if not found:
+    parameters = trainable(model)
+    if not parameters:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter: requires_grad is False for all "
             f"{sum(1 for _ in model.parameters())}; call requires_grad_(True) on those that may be "
             "unlearned"
         )
-    return found
+    return parameters
