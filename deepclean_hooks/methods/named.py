@@ -19,7 +19,8 @@ def table() -> dict[str, type[Method]]:
     return {
         name: kind
         for name, kind in found.items()
-        if isinstance(kind, type) and issubclass(kind, Method) and kind is not Method
+        # Not isinstance(kind, type): Python 3.10 says so of dict[str, Tensor] too.
+        if isinstance(kind, type(Method)) and issubclass(kind, Method) and kind is not Method
     }
 
 

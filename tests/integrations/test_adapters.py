@@ -123,7 +123,7 @@ LOOPS: dict[str, Callable[[nn.Module, Path], None]] = {
 # `unlearn` has a recipe of its own, on Accelerate; `ImageClassifier` is what a Trainer's model is.
 WITHOUT_A_LOOP = {"unlearn", "ImageClassifier", "WhenForgotten"}
 # What several adapters share.
-SHARED = {"__init__", "beginning", "callback", "run_output"}
+SHARED = {"__init__", "beginning", "callback", "pretrained", "run_output", "stored_training"}
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Dropping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = original()
+        self.net = copy.deepcopy(original())
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.net(x), 0.3, self.training)

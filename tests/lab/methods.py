@@ -52,7 +52,7 @@ def every_method() -> dict[str, type[deepclean.Method]]:
     return {
         name: kind
         for name, kind in public.items()
-        if isinstance(kind, type)
+        if isinstance(kind, type(deepclean.Method))  # Python 3.10: dict[...] is a type
         and issubclass(kind, deepclean.Method)
         and kind is not deepclean.Method
     }
