@@ -41,8 +41,8 @@ class Dropping(nn.Module):
 
 def run(path: Path | None, method: deepclean.Method, kill_at: int = 0) -> dict[str, Tensor]:
     """The weights after two epochs; killed before the step `kill_at` of this process."""
-    torch.manual_seed(5)
     model, steps = Dropping(), 0
+    torch.manual_seed(5)
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         nonlocal steps
