@@ -85,6 +85,7 @@ def test_snippet(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert re.search("deepclean|Trainer|torch.save", SNIPPETS[index])
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the command does not run as it stands, on a small network of another name."""
     (snippet,) = re.findall(

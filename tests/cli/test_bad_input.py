@@ -168,7 +168,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("spoil", "options", "words"), CASES.values(), ids=CASES)
+SLOW = {"no transformers folder"}  # imports transformers
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, case in CASES.items()
+    ],
+)
 def test_bad_input_is_told_in_a_line(
     whole: Path,
     tmp_path: Path,

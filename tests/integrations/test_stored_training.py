@@ -60,7 +60,13 @@ def run(path: Path | None, method: deepclean.Method, kill_at: int = 0) -> dict[s
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("kills", [(1, 6), (3, 3, 3)])
-@pytest.mark.parametrize("seconds", [0.0, 60.0], ids=["each step", "each epoch"])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param(0.0, id="each step", marks=pytest.mark.slow),
+        pytest.param(60.0, id="each epoch"),
+    ],
+)
 def test_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
