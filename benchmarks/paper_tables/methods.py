@@ -172,13 +172,20 @@ def _guided(
     match: Literal["rank", "mean"] = "rank",
     selected: bool = False,
     steps: int | None = None,
+    answers: int | None = None,
 ) -> Contender:
-    """Reference-guided, on everything or on W_f alone, nothing reset."""
+    """Reference-guided, on everything or on W_f alone, nothing reset; `answers`: so many held-out
+    samples, not all."""
 
     def method(case: Case) -> Method:
         train = DeepClean(gamma=_gamma(case)) if selected else None
+        held_out = case.setup.held_out
         return ReferenceGuided(
-            case.setup.held_out, match=match, weight=weight, train=train, seed=case.seed
+            held_out if answers is None else case.few(held_out, answers),
+            match=match,
+            weight=weight,
+            train=train,
+            seed=case.seed,
         )
 
     return Contender(
@@ -199,6 +206,7 @@ GUIDED: dict[str, Contender] = {
     "guided-wf": _guided(0.1, 0.5, selected=True),
     "guided-mean": _guided(0.1, 0.3, match="mean"),
     "guided-few": _guided(0.02, 1.0, steps=100),
+    "guided-fewer": _guided(0.01, 1.0, steps=80, answers=1000),
 }
 
 ABLATIONS: dict[str, Contender] = {
